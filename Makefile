@@ -1,0 +1,36 @@
+# `make repro` and `make test` work on a fresh clone: both make .venv first when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help repro test lint style clean
+
+help:
+	@echo "make repro   install into .venv and run the whole pipeline (dvc repro)"
+	@echo "make test    install into .venv, check style and types, run all tests"
+	@echo "make lint    check style and types only"
+	@echo "make style   rewrite the code in the project's style"
+	@echo "make clean   remove .venv and caches of tools"
+
+.venv/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dvc,test]'
+	touch $@
+
+repro: .venv/.installed
+	dvc repro
+
+test: lint
+	python -m pytest
+
+lint: .venv/.installed
+	ruff check .
+	ruff format --check .
+	mypy
+
+style: .venv/.installed
+	ruff check --fix .
+	ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

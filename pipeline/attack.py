@@ -1,0 +1,146 @@
+"""From a trained teacher and a block of images to the columns of a shard."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline import boundary
+from pipeline.config import Attack, Dataset
+from pipeline.data import Prepared
+from pipeline.models import Classifier, folded
+from pipeline.status import Status
+from pipeline.views import Stream, apply_views, draw_views, uniforms
+
+
+class Block(NamedTuple):
+    """A contiguous block of the training split under one view: the content of one shard."""
+
+    view: int
+    number: int
+    start: int
+    rows: int
+
+
+class Search:
+    """The boundary search of one teacher, ready to make the values of shards.
+
+    Args:
+        teacher: the reference network, whose logits are recorded.
+        attack, dataset: parameters.
+        device: where to search.
+        batch_size: samples per pass.
+    """
+
+    def __init__(
+        self, teacher: Classifier, attack: Attack, dataset: Dataset, device: torch.device, batch_size: int
+    ) -> None:
+        self.teacher = teacher.to(device).eval().requires_grad_(False)
+        self.attack, self.dataset, self.device, self.batch_size = attack, dataset, device, batch_size
+        # The search runs on a faster copy of the network; what is recorded comes from the network itself.
+        self.fast = folded(self.teacher)
+
+    @torch.no_grad()
+    def shard_values(self, train: Prepared, block: Block) -> dict[str, NDArray[Any]]:
+        """All columns of one shard."""
+        attack, dataset = self.attack, self.dataset
+        rows = slice(block.start, block.start + block.rows)
+        drawn = draw_views(attack.seed, block.view, block.start, block.rows, dataset.padding, dataset.flip)
+        views = apply_views(
+            torch.from_numpy(train.images[rows]),
+            torch.from_numpy(drawn.crop),
+            torch.from_numpy(drawn.flip),
+            dataset.padding,
+        )
+        labels = train.labels[rows]
+        images = views.to(self.device).float() / 255
+        logits = boundary.logits_in_batches(self.teacher, images, self.batch_size).cpu().numpy()
+        noise = uniforms(attack.seed, Stream.TARGETS, block.view, block.start, block.rows, logits.shape[1])
+        target = draw_targets(logits, labels, noise, attack.targets)
+        correct = logits.argmax(1) == labels
+
+        values: dict[str, NDArray[Any]] = {
+            "index": np.arange(rows.start, rows.stop, dtype=np.uint32),
+            "label": labels,
+            "image": views.numpy(),
+            "crop": drawn.crop,
+            "flip": drawn.flip,
+            "teacher_logits": logits,
+            "target": np.where(correct[:, None], target, -1).astype(np.int16),
+            "delta": np.zeros((block.rows, attack.targets, *train.image_shape), np.int8),
+            "delta_scale": np.zeros((block.rows, attack.targets), np.float32),
+            "boundary_logits": np.repeat(logits[:, None], attack.targets, 1),
+            "margin": np.zeros((block.rows, attack.targets), np.float32),
+            "distance": np.zeros((block.rows, attack.targets), np.float32),
+            "status": np.full((block.rows, attack.targets), Status.BASE_MISCLASSIFIED, np.uint8),
+            "evaluations": np.zeros((block.rows, attack.targets), np.uint16),
+        }
+        if correct.any():
+            self._search_into(values, images, correct)
+        if not attack.embed_images:
+            del values["image"]
+        return values
+
+    def _search_into(self, values: dict[str, NDArray[Any]], images: Tensor, correct: NDArray[np.bool_]) -> None:
+        """Fill in what a search finds for the rows that the teacher classifies correctly, all targets at once."""
+        base = torch.from_numpy(values["label"][correct]).to(self.device)
+        target = torch.from_numpy(values["target"][correct].astype(np.int64)).to(self.device)
+        count = target.shape[1]
+        result = self.find(
+            images[torch.from_numpy(correct).to(self.device)].repeat_interleave(count, 0),
+            base.repeat_interleave(count),
+            target.flatten(),
+        )
+        found = {
+            "delta": result.direction,
+            "delta_scale": result.scale,
+            "boundary_logits": result.logits,
+            "margin": result.margin,
+            "distance": result.distance,
+            "status": result.status,
+            "evaluations": result.gradients,
+        }
+        for name, tensor in found.items():
+            array = tensor.cpu().numpy()
+            values[name][correct] = array.reshape(-1, count, *array.shape[1:])
+
+    def find(self, images: Tensor, base: Tensor, target: Tensor) -> boundary.SearchResult:
+        """Search as the parameters say; shapes as in `boundary.newton`."""
+        options: dict[str, Any] = {
+            "tolerance": self.attack.tolerance,
+            "max_gradients": self.attack.max_gradients,
+            "batch_size": self.batch_size,
+            "reference": self.teacher,
+        }
+        if self.attack.search == "heo2019":
+            return boundary.heo2019(
+                self.fast, images, base, target, mean=self.teacher.mean, std=self.teacher.std, **options
+            )
+        return boundary.newton(self.fast, images, base, target, **options)
+
+
+def draw_targets(
+    logits: NDArray[np.float32], labels: NDArray[np.int64], noise: NDArray[np.float64], targets: int
+) -> NDArray[np.int64]:
+    """Draw distinct target classes, with probability proportional to the teacher's softmax without the base class.
+
+    Gumbel top-k (Kool et al., 2019) over the logits, in float64: 1 - q_b, by which a confident teacher's
+    probabilities would be divided, underflows.
+
+    Args:
+        logits: (N, classes).
+        labels: (N,), base classes.
+        noise: (N, classes), uniform on [0, 1).
+        targets: how many, at most classes - 1.
+
+    Returns:
+        (N, targets), in order of the draw.
+    """
+    smallest = 2.0**-54  # half a step of the noise: the logarithm of 0 is not wanted
+    keys = logits.astype(np.float64) - np.log(-np.log(noise + smallest))
+    np.put_along_axis(keys, labels[:, None], -np.inf, 1)
+    return np.argsort(-keys, axis=1, kind="stable")[:, :targets]

@@ -1,0 +1,141 @@
+"""The attack over a whole training split: which shards are missing, making them, publishing the dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.attack import Block, Search
+from pipeline.config import Attack, Dataset
+from pipeline.data import Prepared
+from pipeline.errors import ParameterError, ShardError
+from pipeline.shard_format import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Augmentation,
+    Digests,
+    Manifest,
+    ShardEntry,
+    columns_of,
+    count_statuses,
+    manifest_text,
+    read_columns,
+    totals_of,
+)
+from pipeline.shard_store import stored_name
+from pipeline.shard_writer import write_shard
+from pipeline.storage import Store, atomic_directory, code_digest, copy_file, file_digest, fingerprint, write_atomically
+
+# The modules that decide what is in a shard: an edit to one of them makes stored shards invalid.
+CODE = ("attack", "boundary", "models", "shard_format", "shard_writer", "status", "views")
+
+
+class SampleDataset:
+    """A sample dataset as the parameters ask for it, and its finished shards in the store.
+
+    Args:
+        train: the prepared training split.
+        dataset, attack: parameters.
+        teacher: path of the teacher's weights, for its digest.
+        store: where finished shards are kept.
+    """
+
+    def __init__(self, train: Prepared, dataset: Dataset, attack: Attack, teacher: Path, store: Store) -> None:
+        classes = len(train.class_names)
+        if attack.targets >= classes:
+            raise ParameterError(
+                f"attack.targets: expected at most {classes - 1}, one less than the classes, got {attack.targets}"
+            )
+        self.train, self.dataset, self.attack, self.store = train, dataset, attack, store
+        self.digests = Digests(teacher=file_digest(teacher), train=train.digest)
+        self.columns = columns_of(train.image_shape, classes, attack.targets, attack.embed_images)
+        # Everything that decides a shard's content; not `views`, so that more views reuse those that are there.
+        self.parameters = {
+            "attack": attack.model_dump(exclude={"views"}),
+            "augmentation": {"padding": dataset.padding, "flip": dataset.flip},
+        }
+        self.fingerprint = fingerprint(FORMAT_VERSION, self.parameters, self.digests.model_dump(), code_digest(CODE))
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All shards of the dataset, by view, then block."""
+        starts = range(0, len(self.train.labels), self.attack.rows_per_shard)
+        return [
+            Block(view, number, start, min(self.attack.rows_per_shard, len(self.train.labels) - start))
+            for view in range(self.attack.views)
+            for number, start in enumerate(starts)
+        ]
+
+    def stored_name(self, block: Block) -> str:
+        return stored_name(self.fingerprint, block.view, block.number)
+
+    def missing(self) -> list[Block]:
+        """The shards that are not in the store, or no longer as they were written."""
+        return [block for block in self.blocks if self.store.find(self.stored_name(block)) is None]
+
+    def make(self, search: Search, blocks: list[Block]) -> Iterator[Block]:
+        """Make shards in the store, one at a time; yields each when it is there to stay."""
+        for block in blocks:
+            values = search.shard_values(self.train, block)
+            write_shard(
+                self.store.path(self.stored_name(block)),
+                values,
+                self.columns,
+                fingerprint=self.fingerprint,
+                view=block.view,
+                block=block.number,
+                compression=self.attack.compression,
+            )
+            self.store.seal(self.stored_name(block))
+            yield block
+
+    def manifest(self, entries: list[ShardEntry]) -> Manifest:
+        train = self.train
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            fingerprint=self.fingerprint,
+            columns=self.columns,
+            parameters=self.parameters,
+            class_names=list(train.class_names),
+            image_shape=train.image_shape,
+            mean=list(train.mean),
+            std=list(train.std),
+            augmentation=Augmentation(padding=self.dataset.padding, flip=self.dataset.flip),
+            digests=self.digests,
+            rows=len(train.labels),
+            views=self.attack.views,
+            targets=self.attack.targets,
+            shards=entries,
+            totals=totals_of(entries, self.attack.targets),
+        )
+
+    def publish(self, directory: Path) -> Manifest:
+        """Gather the shards of this dataset into a directory, the manifest last; replaces what is there.
+
+        Raises:
+            ShardError: the store lacks a shard.
+        """
+        with atomic_directory(directory) as temporary:
+            entries = []
+            for block in self.blocks:
+                source = self.store.find(self.stored_name(block))
+                if source is None:
+                    raise ShardError(f"{self.store.path(self.stored_name(block))}: missing, run the attack again")
+                entries.append(entry_of(source, block))
+                copy_file(source, temporary / source.name)
+            manifest = self.manifest(entries)
+            write_atomically(temporary / MANIFEST, manifest_text(manifest))
+        return manifest
+
+
+def entry_of(path: Path, block: Block) -> ShardEntry:
+    """The manifest's row for a finished shard."""
+    return ShardEntry(
+        name=path.name,
+        view=block.view,
+        block=block.number,
+        rows=block.rows,
+        bytes=path.stat().st_size,
+        sha256=file_digest(path),
+        statuses=count_statuses(read_columns(path, ["status"])["status"]),
+    )

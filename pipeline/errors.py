@@ -1,0 +1,29 @@
+"""The errors that a user can cause and mend. Commands print them in one line, without a traceback."""
+
+
+class PipelineError(Exception):
+    """Something that a user can mend; the message says what and how."""
+
+
+class ParameterError(PipelineError):
+    """A parameter is unknown, of the wrong type or out of range."""
+
+
+class DataError(PipelineError):
+    """A prepared dataset is missing, damaged or unusable."""
+
+
+class WeightsError(PipelineError):
+    """A weights file is missing, unsafe, damaged or of another network."""
+
+
+class ShardError(PipelineError):
+    """A sample dataset (shards and manifest) is missing, damaged or does not belong to what it is used with."""
+
+
+class StoreError(PipelineError):
+    """A file cannot be written or the private store is in use by another process."""
+
+
+class TrainingError(PipelineError):
+    """Training cannot go on, for example because the loss is not finite."""

@@ -1,0 +1,141 @@
+"""A student against its teacher on one split: accuracy, agreement, and the similarity of their boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from pipeline import boundary
+from pipeline.data import Prepared
+from pipeline.models import Classifier, folded
+from pipeline.prediction import predict
+from pipeline.similarity import agreement, angle_similarity, magnitude_similarity, teacher_divergence
+from pipeline.status import Status
+from pipeline.storage import atomic_path
+
+
+class TeacherSide(NamedTuple):
+    """What the teacher contributes to every comparison; made once."""
+
+    logits: Tensor
+    """(N, classes)."""
+    labels: Tensor
+    """(N,) int64."""
+    runner_up: Tensor
+    """(N,) int64: the best class but the label, by the teacher."""
+    perturbation: Tensor
+    """(N, C, H, W) to the teacher's boundary between label and runner-up; NaN where there is none."""
+
+
+class Comparison(NamedTuple):
+    """A student beside its teacher."""
+
+    accuracy: float
+    agreement: float
+    divergence: float
+    """KL(teacher || student), nats."""
+    magnitude: NDArray[np.float64]
+    """(N,) magnitude similarity per image, NaN where left out."""
+    angle: NDArray[np.float64]
+    """(N,) angle similarity per image, NaN where left out."""
+
+
+def teacher_side(teacher: Classifier, data: Prepared, device: torch.device, batch_size: int) -> TeacherSide:
+    """Run the teacher and its boundary searches over a split."""
+    teacher = teacher.to(device)
+    logits = predict(teacher, data.images, device)
+    labels = torch.from_numpy(data.labels).to(device)
+    runner_up = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
+    perturbation = _perturbations(teacher, data, logits, labels, runner_up, batch_size)
+    return TeacherSide(logits, labels, runner_up, perturbation)
+
+
+def compare(
+    student: Classifier, teacher: TeacherSide, data: Prepared, device: torch.device, batch_size: int
+) -> Comparison:
+    """Compare a student with its teacher on a split.
+
+    Pairs of perturbations are taken from images that both classify correctly, towards the teacher's runner-up; pairs
+    in which a search did not converge are left out (NaN).
+    """
+    student = student.to(device)
+    logits = predict(student, data.images, device)
+    perturbation = _perturbations(student, data, logits, teacher.labels, teacher.runner_up, batch_size)
+    return Comparison(
+        accuracy=float(multiclass_accuracy(logits, teacher.labels, logits.shape[1], average="micro")),
+        agreement=float(agreement(logits, teacher.logits)),
+        divergence=float(teacher_divergence(logits, teacher.logits)),
+        magnitude=magnitude_similarity(perturbation, teacher.perturbation).cpu().numpy(),
+        angle=angle_similarity(perturbation, teacher.perturbation).cpu().numpy(),
+    )
+
+
+def _perturbations(
+    model: Classifier, data: Prepared, logits: Tensor, base: Tensor, target: Tensor, batch_size: int
+) -> Tensor:
+    """(N, C, H, W) perturbations to a model's own boundary, NaN where the model is wrong or nothing was found."""
+    images = torch.from_numpy(data.images).to(logits.device).float() / 255
+    rows = (logits.argmax(1) == base).nonzero().squeeze(1)
+    result = torch.full_like(images, torch.nan)
+    if len(rows):
+        found = boundary.newton(
+            folded(model),
+            images[rows],
+            base[rows],
+            target[rows],
+            batch_size=batch_size,
+            quantise=False,
+            reference=model,
+        )
+        converged = found.status == Status.CONVERGED
+        result[rows[converged]] = found.perturbation[converged]
+    return result
+
+
+def common_pairs(comparisons: Iterable[Comparison]) -> NDArray[np.bool_]:
+    """(N,) images whose pair of perturbations is defined for every student: weak students get no easier ones."""
+    defined: NDArray[np.bool_] = np.isfinite(np.stack([comparison.magnitude for comparison in comparisons])).all(axis=0)
+    return defined
+
+
+def figures_of(comparison: Comparison, common: NDArray[np.bool_]) -> dict[str, float | int | None]:
+    """The figures of one student: fractions, nats and similarities; None where no pair is left to take a mean of."""
+    own = np.isfinite(comparison.magnitude)
+
+    def mean(values: NDArray[np.float64], pairs: NDArray[np.bool_]) -> float | None:
+        return float(values[pairs].mean()) if pairs.any() else None
+
+    return {
+        "accuracy": comparison.accuracy,
+        "agreement": comparison.agreement,
+        "teacher_divergence": comparison.divergence,
+        "mag_sim": mean(comparison.magnitude, own),
+        "ang_sim": mean(comparison.angle, own),
+        "pairs": int(own.sum()),
+        "pairs_left_out": int((~own).sum()),
+        "mag_sim_common": mean(comparison.magnitude, common),
+        "ang_sim_common": mean(comparison.angle, common),
+        "pairs_common": int(common.sum()),
+    }
+
+
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    """Write a comparison to an HDF5 file, atomically."""
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        for name, value in comparison._asdict().items():
+            file[name] = value
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Read what `write_comparison` wrote."""
+    with h5py.File(path, "r") as file:
+        scalars = [float(file[name][()]) for name in ("accuracy", "agreement", "divergence")]
+        return Comparison(scalars[0], scalars[1], scalars[2], file["magnitude"][:], file["angle"][:])

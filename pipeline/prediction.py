@@ -1,0 +1,26 @@
+"""What a model says of images, and how often it is right."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.data import Prepared
+
+PREDICTION_BATCH = 1024
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """Logits (N, classes) on the device, of uint8 images (N, C, H, W), with the model in evaluation mode."""
+    model.eval()
+    batches = torch.split(torch.from_numpy(images), PREDICTION_BATCH)
+    return torch.cat([model(batch.to(device).float() / 255) for batch in batches])
+
+
+def accuracy(model: nn.Module, data: Prepared, device: torch.device) -> float:
+    """The fraction of a split that a model classifies correctly."""
+    predicted = predict(model, data.images, device).argmax(1).cpu()
+    return float((predicted == torch.from_numpy(data.labels)).double().mean())

@@ -1,0 +1,180 @@
+"""Batches from published shards: resident on the device, or read ahead; the same batches either way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.batches import Batch, BoundaryBatch
+from pipeline.data import Prepared
+from pipeline.errors import ShardError
+from pipeline.shard_format import ShardEntry
+from pipeline.shard_reader import BoundaryShards, samples_of
+from pipeline.status import Status
+from pipeline.views import apply_views
+
+WINDOW_SHARDS = 16  # rows are shuffled within so many shards, so that streaming needs no more memory
+RESIDENT_SHARE = 0.5  # of the free memory may be taken for shards
+
+
+class Window(NamedTuple):
+    """Shards whose rows are shuffled together, and the order of their concatenated rows."""
+
+    shards: list[ShardEntry]
+    order: NDArray[np.int64]
+
+
+def plan_epoch(shards: BoundaryShards, seed: int, epoch: int) -> list[Window]:
+    """Which shards an epoch reads, and in which order.
+
+    Every block is read under one view an epoch, in a random order of all views, then in another one: V epochs see every
+    view once. Blocks are shuffled, then rows within windows of blocks.
+    """
+    views = shards.manifest.views
+    blocks = len(shards.shards_of_view(0))
+    cycle, turn = divmod(epoch, views)
+    view_of = [int(np.random.default_rng((seed, 1, cycle, block)).permutation(views)[turn]) for block in range(blocks)]
+    generator = np.random.default_rng((seed, 2, epoch))
+    order = generator.permutation(blocks)
+    chosen = [shards.shards_of_view(view_of[block])[block] for block in order]
+    windows = [chosen[start : start + WINDOW_SHARDS] for start in range(0, blocks, WINDOW_SHARDS)]
+    return [Window(window, generator.permutation(sum(shard.rows for shard in window))) for window in windows]
+
+
+class ShardSource:
+    """The views and boundary-supporting samples of published shards.
+
+    All shards are kept on the device when they fit into its memory; otherwise they are read ahead, window by window.
+    Batches are the same either way.
+
+    Args:
+        shards: the dataset.
+        seed: of order and choice of views.
+        batch_size: rows of a batch.
+        device: where batches are needed.
+        with_boundary: whether boundary-supporting samples are needed.
+        train: the prepared training split, needed when the shards do not embed their images.
+        resident: keep all shards on the device; by default, if they fit.
+    """
+
+    def __init__(
+        self,
+        shards: BoundaryShards,
+        seed: int,
+        batch_size: int,
+        device: torch.device,
+        with_boundary: bool,
+        train: Prepared | None = None,
+        resident: bool | None = None,
+    ) -> None:
+        self.shards, self.seed, self.batch_size, self.device = shards, seed, batch_size, device
+        self.rows = shards.manifest.rows
+        self.train = train
+        self.columns = ["label", "teacher_logits"]
+        self.columns += ["image"] if "image" in shards.manifest.columns else ["index", "crop", "flip"]
+        if with_boundary:
+            self.columns += ["status", "delta", "delta_scale", "boundary_logits"]
+        if "index" in self.columns:
+            self._check_train()
+        if resident is None:
+            resident = self._bytes() <= RESIDENT_SHARE * free_memory(device)
+        self._starts: dict[str, int] = {}
+        self._resident = self._load_all() if resident else None
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        generator = np.random.default_rng((self.seed, 3, epoch))
+        rest: dict[str, Tensor] = {}
+        waiting = torch.empty(0, dtype=torch.int64, device=self.device)
+        windows = plan_epoch(self.shards, self.seed, epoch)
+        for number, (columns, rows) in enumerate(self._windows(windows)):
+            if self._resident is None and rest:  # rows left over from the last window come first
+                columns = {name: torch.cat([rest[name], columns[name]]) for name in columns}
+                rows = rows + len(waiting)
+                waiting = torch.arange(len(waiting), device=self.device)
+            rows = torch.cat([waiting, rows])
+            last = number == len(windows) - 1
+            end = len(rows) if last else len(rows) - len(rows) % self.batch_size
+            for start in range(0, end, self.batch_size):
+                yield self._batch(columns, rows[start : min(end, start + self.batch_size)], generator)
+            waiting = rows[end:]
+            if self._resident is None:
+                rest = {name: column[waiting] for name, column in columns.items()}
+
+    def _windows(self, windows: list[Window]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Columns of each window, on the device, and the order of the rows to take from them."""
+        if self._resident is not None:
+            for window in windows:
+                rows = [np.arange(shard.rows) + self._starts[shard.name] for shard in window.shards]
+                yield self._resident, torch.from_numpy(np.concatenate(rows)[window.order]).to(self.device)
+            return
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self._read, windows[0].shards)
+            for number, window in enumerate(windows):
+                columns = ahead.result()
+                if number + 1 < len(windows):
+                    ahead = reader.submit(self._read, windows[number + 1].shards)
+                on_device = {name: column.to(self.device, non_blocking=True) for name, column in columns.items()}
+                yield on_device, torch.from_numpy(window.order).to(self.device)
+
+    def _batch(self, columns: dict[str, Tensor], rows: Tensor, generator: np.random.Generator) -> Batch:
+        images = columns["image"][rows].float() / 255
+        labels, logits = columns["label"][rows], columns["teacher_logits"][rows]
+        if "status" not in columns:
+            return Batch(images, labels, logits)
+        converged = columns["status"][rows] == Status.CONVERGED
+        # With several targets, one of the converged ones is taken, at random.
+        noise = torch.from_numpy(generator.random(converged.shape, np.float32)).to(self.device)
+        choice = torch.where(converged, noise, -1.0).argmax(1)
+
+        def boundary(chosen: Tensor) -> BoundaryBatch:
+            at = (rows[chosen], choice[chosen])
+            samples = samples_of(columns["image"][at[0]], columns["delta"][at], columns["delta_scale"][at])
+            return BoundaryBatch(samples, columns["boundary_logits"][at], converged[chosen].any(1))
+
+        return Batch(images, labels, logits, converged.any(1), boundary)
+
+    def _read(self, shards: list[ShardEntry]) -> dict[str, Tensor]:
+        parts = [self.shards.read(shard, self.columns) for shard in shards]
+        columns = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in self.columns}
+        if self.train is not None and "image" not in columns:
+            images = torch.from_numpy(self.train.images)[columns.pop("index")]
+            padding = self.shards.manifest.augmentation.padding
+            columns["image"] = apply_views(images, columns.pop("crop"), columns.pop("flip"), padding)
+        return columns
+
+    def _load_all(self) -> dict[str, Tensor]:
+        start = 0
+        for shard in self.shards.manifest.shards:
+            self._starts[shard.name] = start
+            start += shard.rows
+        parts = [self._read([shard]) for shard in self.shards.manifest.shards]
+        return {name: torch.cat([part[name].to(self.device) for part in parts]) for name in parts[0]}
+
+    def _bytes(self) -> int:
+        manifest = self.shards.manifest
+        columns = {name: manifest.columns[name] for name in self.columns}
+        row = sum(np.dtype(c.dtype).itemsize * int(np.prod(c.shape, dtype=np.int64)) for c in columns.values())
+        return manifest.totals.rows * (row + int(np.prod(manifest.image_shape)))
+
+    def _check_train(self) -> None:
+        if self.train is None:
+            raise ShardError(
+                f"{self.shards.directory}: the shards do not embed their images (attack.embed_images), so the prepared "
+                "training data is needed"
+            )
+        if self.train.digest != self.shards.manifest.digests.train:
+            raise ShardError(f"{self.shards.directory}: the shards were made from other training data")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, or in this machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,126 @@
+"""How similar two decision boundaries are: MagSim and AngSim (Heo et al., 2019), agreement and divergence.
+
+Both compare the perturbations by which two classifiers' own searches reach the boundary between the same two classes
+from the same image. Each is 1 for identical classifiers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+
+def magnitude_similarity(preds: Tensor, target: Tensor) -> Tensor:
+    """min(|p|, |t|) / max(|p|, |t|) per pair of perturbations, NaN where one of them is zero or not finite.
+
+    Args:
+        preds: (N, ...) perturbations of the student.
+        target: (N, ...) perturbations of the teacher.
+
+    Returns:
+        (N,) float64 in (0, 1].
+
+    Example:
+        >>> magnitude_similarity(torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0, 0.0]]))
+        tensor([0.5000], dtype=torch.float64)
+    """
+    first, second = _lengths(preds, target)
+    return torch.minimum(first, second) / torch.maximum(first, second)
+
+
+def angle_similarity(preds: Tensor, target: Tensor) -> Tensor:
+    """The cosine of the angle between perturbations, per pair, NaN where one of them is zero or not finite.
+
+    Args:
+        preds: (N, ...) perturbations of the student.
+        target: (N, ...) perturbations of the teacher.
+
+    Returns:
+        (N,) float64 in [-1, 1].
+
+    Example:
+        >>> angle_similarity(torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0, 0.0]]))
+        tensor([0.6000], dtype=torch.float64)
+    """
+    first, second = _lengths(preds, target)
+    dot = (preds.double() * target.double()).flatten(1).sum(1)
+    return (dot / (first * second)).clamp(-1, 1)
+
+
+def mag_sim(preds: Tensor, target: Tensor) -> Tensor:
+    """MagSim: the mean of `magnitude_similarity` over the pairs where it is defined, NaN if there are none."""
+    return magnitude_similarity(preds, target).nanmean()
+
+
+def ang_sim(preds: Tensor, target: Tensor) -> Tensor:
+    """AngSim: the mean of `angle_similarity` over the pairs where it is defined, NaN if there are none."""
+    return angle_similarity(preds, target).nanmean()
+
+
+def agreement(preds: Tensor, target: Tensor) -> Tensor:
+    """The fraction of samples to which logits `preds` and `target`, both (N, classes), give the same top class."""
+    return (preds.argmax(1) == target.argmax(1)).double().mean()
+
+
+def teacher_divergence(preds: Tensor, target: Tensor) -> Tensor:
+    """KL(teacher || student) in nats, mean over samples, from logits `preds` (student) and `target` (teacher)."""
+    student, teacher = F.log_softmax(preds.double(), 1), F.log_softmax(target.double(), 1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _lengths(preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms (N,) of two sets of perturbations, NaN for pairs that are to be left out."""
+    if preds.shape != target.shape or preds.ndim < 2:
+        raise ValueError(f"expected two tensors (N, ...) of one shape, got {tuple(preds.shape)}, {tuple(target.shape)}")
+    first, second = preds.double().flatten(1).norm(dim=1), target.double().flatten(1).norm(dim=1)
+    usable = torch.isfinite(first) & torch.isfinite(second) & (first > 0) & (second > 0)
+    return torch.where(usable, first, torch.nan), torch.where(usable, second, torch.nan)
+
+
+class _MeanSimilarity(Metric):
+    """The mean of a similarity over all pairs for which it is defined; `left_out` counts the others."""
+
+    full_state_update = False
+    higher_is_better = True
+    total: Tensor
+    count: Tensor
+    left_out: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("left_out", torch.tensor(0), dist_reduce_fx="sum")
+
+    def _similarity(self, preds: Tensor, target: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add pairs of perturbations, both (N, ...)."""
+        values = self._similarity(preds, target)
+        defined = torch.isfinite(values)
+        self.total += values[defined].sum()
+        self.count += defined.sum()
+        self.left_out += (~defined).sum()
+
+    def compute(self) -> Tensor:
+        """The mean, NaN without pairs."""
+        return self.total / self.count
+
+
+class MagSim(_MeanSimilarity):
+    """MagSim over batches of pairs: see `mag_sim`."""
+
+    def _similarity(self, preds: Tensor, target: Tensor) -> Tensor:
+        return magnitude_similarity(preds, target)
+
+
+class AngSim(_MeanSimilarity):
+    """AngSim over batches of pairs: see `ang_sim`."""
+
+    def _similarity(self, preds: Tensor, target: Tensor) -> Tensor:
+        return angle_similarity(preds, target)

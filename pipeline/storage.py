@@ -1,0 +1,202 @@
+"""Files that are whole or absent, digests, and the private store of finished work.
+
+The store (`.work/`) keeps finished pieces of long work by fingerprint: DVC deletes a stage's outputs before it runs
+the stage, so what a stage wants to find again must be somewhere else. Nothing in the store is trusted without its
+digest.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pipeline.errors import StoreError
+
+FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file, copied when one of the two is written
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`.
+
+    A reader sees the old file or the whole new one. When the body fails, the temporary file goes and `path` is as it
+    was.
+
+    Raises:
+        StoreError: the file cannot be written (disk full, no permission); names path and reason.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(existing_parent(path)).free
+            raise StoreError(f"{path}: no space to write it ({free / 1e6:.0f} MB free): {error.strerror}") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO):
+            raise StoreError(f"{path}: cannot be written: {error.strerror}") from error
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a whole file, or leave the old one as it was."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON with sorted keys; refuses NaN."""
+    write_atomically(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`; on success it takes the place of `path`."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():
+            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old.tmp")
+            os.rename(path, old)
+            os.rename(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(temporary, path)
+    except PermissionError as error:
+        raise StoreError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, sharing its blocks where the file system can (a reflink)."""
+    with atomic_path(target) as temporary, open(source, "rb") as reader, open(temporary, "wb") as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
+            return
+        except OSError:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(*parts: Any) -> str:
+    """The sha256 of any JSON values (parameters, digests of inputs and of code), in hexadecimal."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def code_digest(modules: Iterable[str]) -> str:
+    """The digest of what modules of this package do: their source without comments, docstrings and layout."""
+    digest = hashlib.sha256()
+    for name in sorted(modules):
+        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and _is_docstring(body[0]):
+                body[:1] = [] if len(body) > 1 else [ast.Pass()]
+        digest.update(f"{name}\n{ast.unparse(tree)}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+@contextlib.contextmanager
+def lock(path: Path, on_wait: Callable[[str], None], timeout: float = -1) -> Iterator[None]:
+    """Hold a lock file, telling once who has it when it is not free at once.
+
+    Args:
+        path: the lock file; it holds the process id of its owner.
+        on_wait: is told the reason before a wait.
+        timeout: seconds to wait, -1 for ever.
+
+    Raises:
+        StoreError: the lock was not free in time.
+    """
+    owner = path.with_suffix(".pid")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file_lock = FileLock(path)
+    try:
+        file_lock.acquire(timeout=0)
+    except Timeout:
+        pid = owner.read_text() if owner.exists() else "unknown"
+        on_wait(f"{path.parent} is in use by process {pid}: waiting for it")
+        try:
+            file_lock.acquire(timeout=timeout)
+        except Timeout:
+            raise StoreError(f"{path.parent} is in use by process {pid}: stop it or wait for it") from None
+    try:
+        owner.write_text(str(os.getpid()))
+        yield
+    finally:
+        file_lock.release()
+
+
+class Store:
+    """Finished files by name, each with its sha256 beside it.
+
+    `name` is a relative path that starts with a fingerprint, so a file is found only by those who ask for the same
+    content. A file whose digest does not fit is removed and counts as absent.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    def find(self, name: str) -> Path | None:
+        """The path of a stored file whose digest fits, or None."""
+        path = self.path(name)
+        digest = path.with_name(path.name + ".sha256")
+        try:
+            if digest.read_text() == file_digest(path):
+                return path
+        except OSError:
+            pass
+        path.unlink(missing_ok=True)
+        digest.unlink(missing_ok=True)
+        return None
+
+    def seal(self, name: str) -> Path:
+        """Declare the file at `path(name)` finished."""
+        path = self.path(name)
+        write_atomically(path.with_name(path.name + ".sha256"), file_digest(path))
+        return path
+
+    def prune(self, keep: Iterable[str]) -> list[str]:
+        """Remove all files whose first folder is not in `keep`; return the removed folders' names."""
+        kept = set(keep)
+        unwanted = sorted(p.name for p in self.root.glob("*") if p.is_dir() and p.name not in kept)
+        for name in unwanted:
+            shutil.rmtree(self.root / name)
+        return unwanted

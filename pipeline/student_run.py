@@ -1,0 +1,129 @@
+"""Training one student by one method with one seed: what it reads, its fingerprint, its source of batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+from pipeline.attack import Search
+from pipeline.batches import Batch, FreshSource, Source
+from pipeline.config import Params
+from pipeline.data import Prepared
+from pipeline.errors import DataError
+from pipeline.methods import LOSSES
+from pipeline.models import Architecture
+from pipeline.online_source import OnlineSource
+from pipeline.shard_format import MANIFEST
+from pipeline.shard_reader import BoundaryShards
+from pipeline.shard_source import ShardSource
+from pipeline.storage import Store, code_digest, file_digest, fingerprint
+from pipeline.teacher import architecture_for, load_teacher
+from pipeline.training import Fit, fit
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+# The modules that decide what a fit gives: an edit to one of them makes finished fits invalid.
+CODE = ("batches", "losses", "methods", "models", "student_run", "training", "views")
+SOURCE_CODE = {
+    "fresh": (),
+    "shards": ("shard_reader", "shard_source", "status"),
+    "online": ("attack", "boundary", "online_source", "status"),
+}
+
+
+class Inputs(NamedTuple):
+    """What students can be trained from; a method needs some of it."""
+
+    train: Prepared | None
+    validation: Prepared | None
+    shards: BoundaryShards | None
+    teacher: Path | None
+
+
+class StudentRun:
+    """Fits of one student network by one method.
+
+    Args:
+        params: all parameters.
+        student: name of the network.
+        method: name of an entry of `params.method`.
+        inputs: what is at hand.
+        fabric: where to train.
+        store: where finished fits are kept.
+
+    Raises:
+        DataError: the method needs an input that is not at hand.
+    """
+
+    def __init__(self, params: Params, student: str, method: str, inputs: Inputs, fabric: Fabric, store: Store) -> None:
+        self.params, self.inputs, self.fabric, self.store = params, inputs, fabric, store
+        self.name = f"{student}-{method}"
+        self.method = params.method[method]
+        self.reads: dict[str, Any] = {"method": self.method.model_dump(), "training": params.training.model_dump()}
+        if self.method.algorithm != "original":
+            distillation = params.distillation.model_dump()
+            if self.method.algorithm != "bss":
+                distillation = {key: value for key, value in distillation.items() if not key.startswith("boundary")}
+            self.reads["distillation"] = distillation
+        if self.method.source == "shards":
+            shards = self._need(inputs.shards, "a sample dataset")
+            self.reads["shards"] = file_digest(shards.directory / MANIFEST)
+            manifest = shards.manifest
+            self.architecture = Architecture(
+                student, len(manifest.class_names), manifest.image_shape, tuple(manifest.mean), tuple(manifest.std)
+            )
+        else:
+            train = self._need(inputs.train, "prepared training data")
+            self.architecture = architecture_for(student, train)
+            self.reads["train"] = train.digest
+            self.reads["augmentation"] = {"padding": params.dataset.padding, "flip": params.dataset.flip}
+        if self.method.source == "online":
+            self.reads["teacher"] = file_digest(self._need(inputs.teacher, "a teacher"))
+            self.reads["search"] = params.attack.model_dump(include={"search", "tolerance", "max_gradients"})
+        if inputs.validation is not None:
+            self.reads["validation"] = inputs.validation.digest  # in the curve only
+        self.reads["code"] = code_digest(CODE + SOURCE_CODE[self.method.source])
+
+    def _need(self, value: Any, what: str) -> Any:
+        if value is None:
+            raise DataError(f"{self.name}: needs {what} (source '{self.method.source}'), which is not there")
+        return value
+
+    def fit(self, seed: int) -> Fit:
+        """Train with one seed, or find the finished run."""
+        key = fingerprint(self.architecture._asdict(), self.reads, seed)
+        weights, loss = self.params.distillation, LOSSES[self.method.algorithm]
+
+        def loss_of(student: nn.Module, batch: Batch, progress: float) -> Tensor:
+            return loss(student, batch, weights, progress)
+
+        return fit(
+            self.fabric,
+            self.store,
+            key,
+            self.architecture,
+            lambda: self._source(seed),
+            loss_of,
+            self.params.training,
+            seed,
+            self.inputs.validation,
+            f"{self.name} seed {seed}",
+        )
+
+    def _source(self, seed: int) -> Source:
+        batch_size, device, dataset = self.params.training.batch_size, self.fabric.device, self.params.dataset
+        if self.method.source == "shards":
+            assert self.inputs.shards is not None
+            with_boundary = self.method.algorithm == "bss"
+            return ShardSource(self.inputs.shards, seed, batch_size, device, with_boundary, self.inputs.train)
+        assert self.inputs.train is not None
+        fresh = FreshSource(self.inputs.train, dataset.padding, dataset.flip, seed, batch_size, device)
+        if self.method.source == "fresh":
+            return fresh
+        assert self.inputs.teacher is not None
+        teacher = load_teacher(self.inputs.teacher, self.inputs.train)
+        search_batch = self.params.runtime.search_batch
+        return OnlineSource(fresh, Search(teacher, self.params.attack, dataset, device, search_batch))

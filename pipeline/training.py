@@ -1,0 +1,175 @@
+"""One fit loop for teacher and students, with checkpoints, and finished fits kept by fingerprint."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pipeline.batches import Batch, Source
+from pipeline.config import Training
+from pipeline.data import Prepared
+from pipeline.errors import TrainingError
+from pipeline.models import Architecture, Classifier, build, save_weights
+from pipeline.prediction import accuracy
+from pipeline.storage import Store, atomic_path, write_json
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+CHECKPOINT_SECONDS = 5.0
+
+StepLoss = Callable[[nn.Module, Batch, float], Tensor]
+"""(model, batch, progress in [0, 1)) to a scalar."""
+
+
+class Fit(NamedTuple):
+    """A finished training run."""
+
+    weights: Path
+    """Safetensors file in the store."""
+    curve: list[dict[str, float]]
+    """One row an epoch: epoch, learning_rate, loss, and validation_accuracy where there is a validation split."""
+    reused: bool
+    """It was finished before."""
+
+
+def learning_rate(training: Training, epoch: int) -> float:
+    """The rate of an epoch, counted from 0: divided at each milestone that is passed."""
+    passed = sum(epoch >= milestone * training.epochs for milestone in training.milestones)
+    return training.learning_rate / training.divisor**passed
+
+
+def fit(
+    fabric: Fabric,
+    store: Store,
+    key: str,
+    architecture: Architecture,
+    source: Callable[[], Source],
+    loss_of: StepLoss,
+    training: Training,
+    seed: int,
+    validation: Prepared | None,
+    description: str,
+) -> Fit:
+    """Train a network from scratch, or return the finished run of the same fingerprint.
+
+    Args:
+        fabric: device, precision, processes.
+        store: where checkpoints and finished runs are kept.
+        key: fingerprint of everything that decides the result.
+        architecture: what to train.
+        source: makes the source of batches; not called for a finished run.
+        loss_of: the loss of a step.
+        training: schedule and optimiser.
+        seed: of the first weights.
+        validation: for the curve only; nothing is chosen by it.
+        description: for progress.
+
+    Raises:
+        TrainingError: the loss is not finite; the last checkpoint is kept.
+    """
+    weights, curve_file = f"{key}/weights.safetensors", f"{key}/curve.json"
+    found, found_curve = store.find(weights), store.find(curve_file)
+    if found and found_curve:
+        return Fit(found, json.loads(found_curve.read_text()), reused=True)
+    torch.manual_seed(seed)
+    classifier = build(architecture)
+    curve = _Run(fabric, classifier, training, store.path(f"{key}/checkpoint.pt")).train(
+        source(), loss_of, seed, validation, description
+    )
+    save_weights(classifier, store.path(weights))
+    write_json(store.path(curve_file), curve)
+    store.path(f"{key}/checkpoint.pt").unlink(missing_ok=True)
+    return Fit(store.seal(weights), json.loads(store.seal(curve_file).read_text()), reused=False)
+
+
+class _Run:
+    """A network in training, with its optimiser, schedule and checkpoint."""
+
+    def __init__(self, fabric: Fabric, classifier: Classifier, training: Training, checkpoint: Path) -> None:
+        optimizer = torch.optim.SGD(
+            classifier.parameters(), training.learning_rate, training.momentum, weight_decay=training.weight_decay
+        )
+        self.fabric, self.training, self.checkpoint = fabric, training, checkpoint
+        self.classifier = classifier
+        self.model, self.optimizer = fabric.setup(classifier, optimizer)
+        self.curve: list[dict[str, float]] = []
+        self.saved = time.monotonic()
+
+    def train(
+        self, source: Source, loss_of: StepLoss, seed: int, validation: Prepared | None, description: str
+    ) -> list[dict[str, float]]:
+        self._resume()
+        epochs = self.training.epochs
+        bar = tqdm(total=epochs, initial=len(self.curve), desc=description, unit="epoch", disable=None, leave=False)
+        with bar:
+            for epoch in range(len(self.curve), epochs):
+                torch.manual_seed(seed * epochs + epoch)  # for layers that draw, such as dropout
+                row = {"epoch": epoch + 1.0, "learning_rate": learning_rate(self.training, epoch)}
+                row["loss"] = self._epoch(source, loss_of, epoch)
+                if validation is not None:
+                    row["validation_accuracy"] = accuracy(self.model, validation, self.fabric.device)
+                self.curve.append(row)
+                if time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+                    self._save()
+                bar.update()
+        return self.curve
+
+    def _epoch(self, source: Source, loss_of: StepLoss, epoch: int) -> float:
+        """One epoch; the host waits for the device once, at the end. Returns the mean loss of the steps."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.training, epoch)
+        losses = []
+        for batch in source.epoch(epoch):
+            loss = loss_of(self.model, batch, epoch / self.training.epochs)
+            self.optimizer.zero_grad()
+            self.fabric.backward(loss)
+            self.optimizer.step()
+            losses.append(loss.detach())
+        values = torch.stack(losses).double().cpu()
+        if not torch.isfinite(values).all():
+            step = int((~torch.isfinite(values)).int().argmax()) + 1
+            kept = f"; the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else ""
+            raise TrainingError(
+                f"the loss is {values[step - 1]} in epoch {epoch + 1}, step {step}: try a lower learning rate{kept}"
+            )
+        return float(values.mean())
+
+    def _save(self) -> None:
+        state = {"model": self.classifier.state_dict(), "optimizer": self.optimizer.state_dict(), "curve": self.curve}
+        with atomic_path(self.checkpoint) as temporary:
+            torch.save(state, temporary)
+        self.saved = time.monotonic()
+
+    def _resume(self) -> None:
+        """Go on from the checkpoint, when there is one that can be read."""
+        if not self.checkpoint.exists():
+            return
+        try:
+            state = torch.load(self.checkpoint, map_location=self.fabric.device, weights_only=True)
+        except Exception:  # torch.load raises all kinds on a damaged file; training then starts from the beginning
+            self.checkpoint.unlink()
+            return
+        self.classifier.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.curve = state["curve"]
+
+
+def curve_csv(curves: Sequence[tuple[dict[str, Any], list[dict[str, float]]]]) -> str:
+    """Curves as CSV text: the columns that name a curve, then its values, one row an epoch."""
+    rows = [{**names, **row, "epoch": int(row["epoch"])} for names, curve in curves for row in curve]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["epoch", "loss"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,59 @@
+"""Stage attack: boundary-supporting samples and teacher logits to HDF5 shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from pipeline.attack import Search
+from pipeline.attack_run import SampleDataset
+from pipeline.config import load_params
+from pipeline.data import read_prepared
+from pipeline.runtime import choose_device
+from pipeline.storage import Store, lock
+from pipeline.teacher import checked_accuracy, load_teacher
+from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
+
+
+@click.command()
+@params_option
+@path_option("--prepared", "data/prepared", "Directory of the prepared splits.")
+@path_option("--teacher", "models/teacher.safetensors", "Weights of the teacher.")
+@path_option("--out", "data/bss", "Directory for the sample dataset.")
+@errors_in_one_line
+def main(params_path: Path, prepared: Path, teacher: Path, out: Path) -> None:
+    """Search boundary-supporting samples for every view of every training image.
+
+    Writes HDF5 shards and manifest.json. Finished shards are kept in .work/shards: a run that was stopped goes on
+    where it was, and more views compute only what is new.
+
+    Example: python -m stages.attack
+    """
+    params = load_params(params_path)
+    train = read_prepared(prepared / "train.h5")
+    model = load_teacher(teacher, train)
+    device = choose_device(params.runtime)
+    dataset = SampleDataset(train, params.dataset, params.attack, teacher, Store(WORK / "shards"))
+    with lock(WORK / "shards.lock", say):
+        missing = dataset.missing()
+        if missing:
+            checked_accuracy(model, train, device)
+            search = Search(model, params.attack, params.dataset, device, params.runtime.search_batch)
+            bar = tqdm(total=sum(b.rows for b in missing), desc="attack", unit="view", unit_scale=True, disable=None)
+            with bar:
+                for block in dataset.make(search, missing):
+                    bar.update(block.rows)
+        manifest = dataset.publish(out)
+    totals = manifest.totals
+    attacked = totals.samples - totals.statuses["base_misclassified"]
+    click.echo(
+        f"wrote {out}: {totals.shards} shards ({len(missing)} computed, {totals.shards - len(missing)} reused), "
+        f"{totals.samples} samples, {totals.statuses['converged'] / max(attacked, 1):.1%} of {attacked} searches "
+        f"converged, {totals.bytes / 1e6:.1f} MB"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What all commands share: parameters, progress, and errors in one line."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import ParameterError, PipelineError
+
+WORK = Path(".work")  # the private store: ignored by git and DVC
+PATH = click.Path(path_type=Path)
+
+EXIT_FAILED, EXIT_BAD_PARAMETERS, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def params_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The option for the parameter file."""
+    return click.option(
+        "--params", "params_path", type=PATH, default=Path("params.yaml"), show_default=True, help="Parameter file."
+    )(function)
+
+
+def path_option(name: str, default: str, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option for an input or output path."""
+    return click.option(name, type=PATH, default=Path(default), show_default=True, help=text)
+
+
+def errors_in_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn what a user can mend into one line and an exit code; with --debug into a traceback."""
+
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(function)
+    def command(*args: Any, debug: bool, **options: Any) -> None:
+        try:
+            function(*args, **options)
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted: what is finished is kept, run the same command to go on", err=True)
+            sys.exit(EXIT_INTERRUPTED)
+        except PipelineError as error:
+            if debug:
+                raise
+            click.echo(f"error: {error}", err=True)
+            sys.exit(EXIT_BAD_PARAMETERS if isinstance(error, ParameterError) else EXIT_FAILED)
+
+    return command
+
+
+def say(message: str) -> None:
+    """One line about what is going on, past any progress bar."""
+    click.echo(message, err=True)

@@ -1,0 +1,95 @@
+"""Stage teacher: train the network to distil, or import its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.batches import Batch, FreshSource
+from pipeline.config import Params, load_params
+from pipeline.data import Prepared, read_prepared
+from pipeline.models import Classifier, load_weights, save_weights
+from pipeline.prediction import accuracy
+from pipeline.runtime import choose_device, make_fabric
+from pipeline.storage import Store, code_digest, fingerprint, write_atomically, write_json
+from pipeline.teacher import architecture_for, checked_accuracy
+from pipeline.training import curve_csv, fit
+from stages.cli import WORK, errors_in_one_line, params_option, path_option
+
+# The modules that decide what training gives: an edit to one of them makes a finished teacher invalid.
+CODE = ("batches", "models", "training", "views")
+
+
+@click.command()
+@params_option
+@path_option("--prepared", "data/prepared", "Directory of the prepared splits.")
+@path_option("--out", "models/teacher.safetensors", "Weights of the teacher.")
+@path_option("--reports", "reports/teacher", "Directory for metrics and curve.")
+@errors_in_one_line
+def main(params_path: Path, prepared: Path, out: Path, reports: Path) -> None:
+    """Train the teacher, or import and check the weights named by `teacher.weights`.
+
+    Writes weights (safetensors), metrics.json (accuracy on training and validation split, fractions) and curves.csv.
+
+    Example: python -m stages.teacher
+    """
+    params = load_params(params_path)
+    train, validation = read_prepared(prepared / "train.h5"), read_prepared(prepared / "validation.h5")
+    if params.teacher.weights:
+        teacher = load_weights(Path(params.teacher.weights), architecture_for(params.teacher.network, train))
+        curve: list[dict[str, float]] = []
+        origin = f"imported from {params.teacher.weights}"
+    else:
+        teacher, curve, reused = _trained(params, train, validation)
+        origin = "finished before" if reused else f"trained for {params.teacher.training.epochs} epochs"
+    device = choose_device(params.runtime)
+    metrics = {
+        "train_accuracy": checked_accuracy(teacher, train, device),
+        "validation_accuracy": accuracy(teacher, validation, device),
+    }
+    save_weights(teacher, out)
+    write_json(reports / "metrics.json", metrics)
+    write_atomically(reports / "curves.csv", curve_csv([({}, curve)]))
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in metrics.items())
+    click.echo(f"wrote {out}: {params.teacher.network}, {origin}, {figures}")
+
+
+def _trained(params: Params, train: Prepared, validation: Prepared) -> tuple[Classifier, list[dict[str, float]], bool]:
+    teacher, dataset = params.teacher, params.dataset
+    architecture = architecture_for(teacher.network, train)
+    fabric = make_fabric(params.runtime, teacher.training.precision)
+
+    def loss_of(model: nn.Module, batch: Batch, progress: float) -> Tensor:
+        return F.cross_entropy(model(batch.images), batch.labels)
+
+    key = fingerprint(
+        architecture._asdict(),
+        teacher.model_dump(),
+        dataset.padding,
+        dataset.flip,
+        train.digest,
+        validation.digest,
+        code_digest(CODE),
+    )
+    result = fit(
+        fabric,
+        Store(WORK / "fits"),
+        key,
+        architecture,
+        lambda: FreshSource(
+            train, dataset.padding, dataset.flip, teacher.seed, teacher.training.batch_size, fabric.device
+        ),
+        loss_of,
+        teacher.training,
+        teacher.seed,
+        validation,
+        "teacher",
+    )
+    return load_weights(result.weights), result.curve, result.reused
+
+
+if __name__ == "__main__":
+    main()
