@@ -108,6 +108,7 @@ class Runtime(Section):
 
     device: Literal["auto", "cpu", "cuda"]
     threads: Count | None = Field(description="of the CPU; by default all cores")
+    workers: Count | None = Field(description="seeds trained side by side on a CPU; by default one a core")
     search_batch: Count = Field(description="samples per batch of the boundary search")
 
 

@@ -23,8 +23,7 @@ def choose_device(runtime: Runtime) -> torch.device:
     available = torch.cuda.is_available()
     if runtime.device == "cuda" and not available:
         raise ParameterError("runtime.device: 'cuda' is asked for, but torch finds no GPU; use 'auto' or 'cpu'")
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
+    torch.set_num_threads(cpu_threads(runtime))
     # Recorded logits must mean the same everywhere: no TensorFloat-32, no choice of algorithm by timing.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -32,6 +31,11 @@ def choose_device(runtime: Runtime) -> torch.device:
     torch.backends.cudnn.deterministic = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return torch.device("cuda" if available and runtime.device != "cpu" else "cpu")
+
+
+def cpu_threads(runtime: Runtime) -> int:
+    """How many threads this process may use."""
+    return runtime.threads or len(os.sched_getaffinity(0))
 
 
 def make_fabric(runtime: Runtime, precision: Literal["32-true", "bf16-mixed"]) -> Fabric:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.attack import Search
@@ -15,6 +18,7 @@ from pipeline.errors import DataError
 from pipeline.methods import LOSSES
 from pipeline.models import Architecture
 from pipeline.online_source import OnlineSource
+from pipeline.runtime import cpu_threads
 from pipeline.shard_format import MANIFEST
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
@@ -113,6 +117,22 @@ class StudentRun:
             f"{self.name} seed {seed}",
         )
 
+    def fit_all(self) -> list[Fit]:
+        """Train with all seeds, or find the finished runs; on a CPU side by side, in forks of this process.
+
+        How many threads a run has follows from the parameters and the machine, not from what is finished already, so
+        that it does not matter in which order runs were made.
+        """
+        seeds, runtime = range(self.params.seeds), self.params.runtime
+        threads = cpu_threads(runtime)
+        workers = min(len(seeds), runtime.workers or threads) if self.fabric.device.type == "cpu" else 1
+        if workers == 1:
+            return [self.fit(seed) for seed in seeds]
+        with ProcessPoolExecutor(
+            workers, multiprocessing.get_context("fork"), _start_worker, (self, max(1, threads // workers))
+        ) as pool:
+            return list(pool.map(_fit_in_worker, seeds))
+
     def _source(self, seed: int) -> Source:
         batch_size, device, dataset = self.params.training.batch_size, self.fabric.device, self.params.dataset
         if self.method.source == "shards":
@@ -127,3 +147,17 @@ class StudentRun:
         teacher = load_teacher(self.inputs.teacher, self.inputs.train)
         search_batch = self.params.runtime.search_batch
         return OnlineSource(fresh, Search(teacher, self.params.attack, dataset, device, search_batch))
+
+
+# A forked worker inherits the run with all its data; arguments of tasks would be pickled.
+_worker_run: StudentRun
+
+
+def _start_worker(run: StudentRun, threads: int) -> None:
+    global _worker_run
+    _worker_run = run
+    torch.set_num_threads(threads)
+
+
+def _fit_in_worker(seed: int) -> Fit:
+    return _worker_run.fit(seed)

@@ -60,7 +60,7 @@ def main(
     fabric = make_fabric(params.runtime, params.training.precision)
     run = StudentRun(params, student, method, inputs, fabric, Store(WORK / "fits"))
     with lock(WORK / f"student-{name}.lock", say):
-        fits = [run.fit(seed) for seed in range(params.seeds)]
+        fits = run.fit_all()
     with atomic_directory(out) as directory:
         for seed, fit in enumerate(fits):
             copy_file(fit.weights, directory / f"seed-{seed}.safetensors")
