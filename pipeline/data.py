@@ -48,6 +48,11 @@ class Prepared(NamedTuple):
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
+    def thinned(self, count: int) -> Prepared:
+        """Every n-th image, so that about `count` are left; the digest stays that of the whole split."""
+        step = max(1, len(self.labels) // count)
+        return self._replace(images=self.images[::step], labels=self.labels[::step])
+
 
 def load_digits() -> tuple[Images, tuple[str, ...]]:
     """The 1,797 handwritten digits (8x8, gray) that come with scikit-learn."""

@@ -102,8 +102,8 @@ def _perturbations(
 
 def common_pairs(comparisons: Iterable[Comparison]) -> NDArray[np.bool_]:
     """(N,) images whose pair of perturbations is defined for every student: weak students get no easier ones."""
-    defined: NDArray[np.bool_] = np.isfinite(np.stack([comparison.magnitude for comparison in comparisons])).all(axis=0)
-    return defined
+    magnitudes = np.stack([comparison.magnitude for comparison in comparisons])
+    return np.asarray(np.isfinite(magnitudes).all(axis=0))
 
 
 def figures_of(comparison: Comparison, common: NDArray[np.bool_]) -> dict[str, float | int | None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +16,7 @@ from pipeline.attack import Search
 from pipeline.batches import Batch, FreshSource, Source
 from pipeline.config import Params
 from pipeline.data import Prepared
-from pipeline.errors import DataError
+from pipeline.errors import DataError, TrainingError
 from pipeline.methods import LOSSES
 from pipeline.models import Architecture
 from pipeline.online_source import OnlineSource
@@ -128,10 +130,19 @@ class StudentRun:
         workers = min(len(seeds), runtime.workers or threads) if self.fabric.device.type == "cpu" else 1
         if workers == 1:
             return [self.fit(seed) for seed in seeds]
-        with ProcessPoolExecutor(
-            workers, multiprocessing.get_context("fork"), _start_worker, (self, max(1, threads // workers))
-        ) as pool:
-            return list(pool.map(_fit_in_worker, seeds))
+        arguments = (self, max(1, threads // workers))
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, arguments) as pool:
+            try:
+                return list(pool.map(_fit_in_worker, seeds))
+            except BrokenProcessPool:
+                raise TrainingError(
+                    f"{self.name}: a worker was killed, perhaps for want of memory; set runtime.workers to less than "
+                    f"{workers}; finished seeds are kept"
+                ) from None
+            except BaseException:  # also Ctrl-C: do not wait for the other seeds
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
 
     def _source(self, seed: int) -> Source:
         batch_size, device, dataset = self.params.training.batch_size, self.fabric.device, self.params.dataset
@@ -157,6 +168,7 @@ def _start_worker(run: StudentRun, threads: int) -> None:
     global _worker_run
     _worker_run = run
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent tells the user
 
 
 def _fit_in_worker(seed: int) -> Fit:

@@ -16,6 +16,8 @@ from pipeline.storage import Store, lock
 from pipeline.teacher import checked_accuracy, load_teacher
 from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
 
+TEACHER_CHECK = 2048  # images on which the teacher is checked first
+
 
 @click.command()
 @params_option
@@ -39,7 +41,7 @@ def main(params_path: Path, prepared: Path, teacher: Path, out: Path) -> None:
     with lock(WORK / "shards.lock", say):
         missing = dataset.missing()
         if missing:
-            checked_accuracy(model, train, device)
+            checked_accuracy(model, train.thinned(TEACHER_CHECK), device)
             search = Search(model, params.attack, params.dataset, device, params.runtime.search_batch)
             bar = tqdm(total=sum(b.rows for b in missing), desc="attack", unit="view", unit_scale=True, disable=None)
             with bar:

@@ -1,0 +1,160 @@
+"""How many views does a precomputed dataset need? Students from 1 to 16 views, against the attack in the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import click
+import torch
+from tqdm import tqdm
+
+from pipeline.attack import Search
+from pipeline.attack_run import SampleDataset
+from pipeline.config import Params, load_params
+from pipeline.data import Prepared, read_prepared
+from pipeline.models import load_weights
+from pipeline.prediction import accuracy
+from pipeline.runtime import make_fabric
+from pipeline.shard_reader import BoundaryShards
+from pipeline.storage import Store, write_atomically, write_json
+from pipeline.student_run import Inputs, StudentRun
+from pipeline.teacher import load_teacher
+from stages.cli import WORK, errors_in_one_line, params_option, path_option
+
+VIEWS = (1, 2, 4, 8, 16)
+TEACHER = Path("models/teacher.safetensors")
+PREPARED = Path("data/prepared")
+
+
+@click.command()
+@params_option
+@click.option("--draws", default=3, show_default=True, help="Independent draws of views and target classes.")
+@path_option("--out", "benchmarks/results/views.json", "File for the figures.")
+@path_option("--figure", "docs/figures/views.svg", "File for the picture.")
+@errors_in_one_line
+def main(params_path: Path, draws: int, out: Path, figure: Path) -> None:
+    """Accuracy on the validation split against the number of views.
+
+    Needs the prepared data and the teacher (dvc repro teacher). Finished runs are kept in .work, as in the stages.
+
+    Example: python -m benchmarks.views
+    """
+    params = load_params(params_path)
+    records = list(tqdm(_measure(params, draws), total=2 * (1 + draws * len(VIEWS)), desc="views", disable=None))
+    write_json(out, records)
+    rows = _summary(records)
+    _draw(rows, figure)
+    click.echo(_table(rows, params))
+
+
+def _measure(params: Params, draws: int) -> Iterator[dict[str, Any]]:
+    """One record for each method, number of views and draw, with the accuracy of every seed."""
+    train, validation = read_prepared(PREPARED / "train.h5"), read_prepared(PREPARED / "validation.h5")
+    student = params.students[0]
+    fabric = make_fabric(params.runtime, params.training.precision)
+
+    def accuracies(method: str, shards: BoundaryShards | None) -> list[float]:
+        run = StudentRun(params, student, method, Inputs(train, None, shards, TEACHER), fabric, Store(WORK / "fits"))
+        return [
+            accuracy(load_weights(fit.weights).to(fabric.device), validation, fabric.device) for fit in run.fit_all()
+        ]
+
+    for method in ("hinton_online", "bss_online"):
+        yield {"method": method, "views": None, "draw": None, "accuracy": accuracies(method, None)}
+    for draw in range(draws):
+        for views in VIEWS:
+            shards = _published(params, train, draw, views, fabric.device)
+            for method in ("hinton", "bss"):
+                yield {"method": method, "views": views, "draw": draw, "accuracy": accuracies(method, shards)}
+
+
+def _published(params: Params, train: Prepared, draw: int, views: int, device: torch.device) -> BoundaryShards:
+    """The first views of a draw; each draw has seeds of its own."""
+    attack = params.attack.model_copy(update={"views": views, "seed": params.attack.seed + draw})
+    dataset = SampleDataset(train, params.dataset, attack, TEACHER, Store(WORK / "shards"))
+    missing = dataset.missing()
+    if missing:
+        teacher = load_teacher(TEACHER, train)
+        for _ in dataset.make(Search(teacher, attack, params.dataset, device, params.runtime.search_batch), missing):
+            pass
+    directory = WORK / "views" / f"draw-{draw}-views-{views}"
+    dataset.publish(directory)
+    return BoundaryShards(directory)
+
+
+def _summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean over draws and seeds for each method and number of views, and the spread of each."""
+    rows = []
+    for method, views in dict.fromkeys((record["method"], record["views"]) for record in records):
+        runs = [record["accuracy"] for record in records if (record["method"], record["views"]) == (method, views)]
+        means = [fmean(run) for run in runs]
+        rows.append(
+            {
+                "method": method,
+                "views": views,
+                "mean": fmean(means),
+                "between_draws": stdev(means) if len(means) > 1 else None,
+                "between_seeds": fmean(stdev(run) for run in runs),
+                "draws": len(runs),
+                "seeds": len(runs[0]),
+            }
+        )
+    return rows
+
+
+def _table(rows: list[dict[str, Any]], params: Params) -> str:
+    lines = [
+        f"Validation accuracy of {params.students[0]} on {params.dataset.name}, %.",
+        "",
+        "| Method | Views | Mean | sd between draws | sd between seeds | draws x seeds |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        between = "-" if row["between_draws"] is None else f"{row['between_draws'] * 100:.1f}"
+        views = "online" if row["views"] is None else row["views"]
+        lines.append(
+            f"| {row['method'].removesuffix('_online')} | {views} | {row['mean'] * 100:.1f} | {between} "
+            f"| {row['between_seeds'] * 100:.1f} | {row['draws']} x {row['seeds']} |"
+        )
+    return "\n".join(lines)
+
+
+def _draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against views, with the online runs as horizontal lines."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = "views"  # the same picture for the same figures
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for method, colour, title in (("hinton", "#7f7f7f", "Hinton"), ("bss", "#c44e52", "Hinton + boundary samples")):
+        shown = [row for row in rows if row["method"] == method]
+        runs = [row["draws"] * row["seeds"] for row in shown]
+        error = [
+            100 * ((row["between_draws"] or 0) ** 2 / row["draws"] + row["between_seeds"] ** 2 / n) ** 0.5
+            for row, n in zip(shown, runs, strict=True)
+        ]
+        means = [100 * row["mean"] for row in shown]
+        axes.errorbar(
+            [row["views"] for row in shown], means, error, color=colour, marker="o", capsize=3, label=f"{title}, shards"
+        )
+        online = next(row for row in rows if row["method"] == f"{method}_online")
+        axes.axhline(100 * online["mean"], color=colour, linestyle="--", linewidth=1, label=f"{title}, in the loop")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(VIEWS, [str(value) for value in VIEWS])
+    axes.set_xlabel("views per training image")
+    axes.set_ylabel("validation accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    text = StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    write_atomically(path, text.getvalue())
+
+
+if __name__ == "__main__":
+    main()
