@@ -9,10 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import boundary
+from pipeline.boundary import SearchResult, logits_in_batches
 from pipeline.config import Attack, Dataset
 from pipeline.data import Prepared
+from pipeline.heo2019 import heo2019
 from pipeline.models import Classifier, folded
+from pipeline.newton import newton
 from pipeline.status import Status
 from pipeline.views import Stream, apply_views, draw_views, uniforms
 
@@ -58,7 +60,7 @@ class Search:
         )
         labels = train.labels[rows]
         images = views.to(self.device).float() / 255
-        logits = boundary.logits_in_batches(self.teacher, images, self.batch_size).cpu().numpy()
+        logits = logits_in_batches(self.teacher, images, self.batch_size).cpu().numpy()
         noise = uniforms(attack.seed, Stream.TARGETS, block.view, block.start, block.rows, logits.shape[1])
         target = draw_targets(logits, labels, noise, attack.targets)
         correct = logits.argmax(1) == labels
@@ -108,19 +110,16 @@ class Search:
             array = tensor.cpu().numpy()
             values[name][correct] = array.reshape(-1, count, *array.shape[1:])
 
-    def find(self, images: Tensor, base: Tensor, target: Tensor) -> boundary.SearchResult:
-        """Search as the parameters say; shapes as in `boundary.newton`."""
+    def find(self, images: Tensor, base: Tensor, target: Tensor) -> SearchResult:
+        """Search as the parameters say; shapes as in `pipeline.newton.newton`."""
         options: dict[str, Any] = {
             "tolerance": self.attack.tolerance,
-            "max_gradients": self.attack.max_gradients,
             "batch_size": self.batch_size,
             "reference": self.teacher,
         }
         if self.attack.search == "heo2019":
-            return boundary.heo2019(
-                self.fast, images, base, target, mean=self.teacher.mean, std=self.teacher.std, **options
-            )
-        return boundary.newton(self.fast, images, base, target, **options)
+            return heo2019(self.fast, images, base, target, mean=self.teacher.mean, std=self.teacher.std, **options)
+        return newton(self.fast, images, base, target, max_gradients=self.attack.max_gradients, **options)
 
 
 def draw_targets(

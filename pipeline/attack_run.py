@@ -9,6 +9,7 @@ from pipeline.attack import Block, Search
 from pipeline.config import Attack, Dataset
 from pipeline.data import Prepared
 from pipeline.errors import ParameterError, ShardError
+from pipeline.provenance import code_digest, fingerprint
 from pipeline.shard_format import (
     FORMAT_VERSION,
     MANIFEST,
@@ -24,10 +25,10 @@ from pipeline.shard_format import (
 )
 from pipeline.shard_store import stored_name
 from pipeline.shard_writer import write_shard
-from pipeline.storage import Store, atomic_directory, code_digest, copy_file, file_digest, fingerprint, write_atomically
+from pipeline.storage import Store, atomic_directory, copy_file, file_digest, write_atomically
 
 # The modules that decide what is in a shard: an edit to one of them makes stored shards invalid.
-CODE = ("attack", "boundary", "models", "shard_format", "shard_writer", "status", "views")
+CODE = ("pipeline.attack", "pipeline.shard_writer")
 
 
 class SampleDataset:
@@ -54,7 +55,7 @@ class SampleDataset:
             "attack": attack.model_dump(exclude={"views"}),
             "augmentation": {"padding": dataset.padding, "flip": dataset.flip},
         }
-        self.fingerprint = fingerprint(FORMAT_VERSION, self.parameters, self.digests.model_dump(), code_digest(CODE))
+        self.fingerprint = fingerprint(FORMAT_VERSION, self.parameters, self.digests.model_dump(), code_digest(*CODE))
 
     @property
     def blocks(self) -> list[Block]:

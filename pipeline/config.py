@@ -70,7 +70,7 @@ class Attack(Section):
     targets: Count = Field(description="target classes per view")
     seed: Seed = Field(description="of views and target classes: one draw of the dataset")
     tolerance: Annotated[float, Field(gt=0, le=1)] = Field(description="largest probability margin at the boundary")
-    max_gradients: Annotated[int, Field(ge=1, le=1000)] = Field(description="gradient evaluations per sample")
+    max_gradients: Annotated[int, Field(ge=1, le=1000)] = Field(description="per sample, for newton")
     rows_per_shard: Annotated[int, Field(ge=1, le=1_000_000)]
     embed_images: bool = Field(description="store the views, so that students need no prepared data")
     compression: Literal["none", "lzf", "gzip"]

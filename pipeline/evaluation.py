@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from pipeline import boundary
 from pipeline.data import Prepared
 from pipeline.models import Classifier, folded
+from pipeline.newton import newton
 from pipeline.prediction import predict
 from pipeline.similarity import agreement, angle_similarity, magnitude_similarity, teacher_divergence
 from pipeline.status import Status
@@ -86,7 +86,7 @@ def _perturbations(
     rows = (logits.argmax(1) == base).nonzero().squeeze(1)
     result = torch.full_like(images, torch.nan)
     if len(rows):
-        found = boundary.newton(
+        found = newton(
             folded(model),
             images[rows],
             base[rows],

@@ -7,7 +7,6 @@ digest.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import errno
 import fcntl
@@ -23,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.errors import StoreError
+from pipeline.provenance import code_digest, fingerprint  # noqa: F401  TEMPORARY
 
 FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file, copied when one of the two is written
 
@@ -106,28 +106,6 @@ def file_digest(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprint(*parts: Any) -> str:
-    """The sha256 of any JSON values (parameters, digests of inputs and of code), in hexadecimal."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def code_digest(modules: Iterable[str]) -> str:
-    """The digest of what modules of this package do: their source without comments, docstrings and layout."""
-    digest = hashlib.sha256()
-    for name in sorted(modules):
-        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and _is_docstring(body[0]):
-                body[:1] = [] if len(body) > 1 else [ast.Pass()]
-        digest.update(f"{name}\n{ast.unparse(tree)}\n".encode())
-    return digest.hexdigest()
-
-
-def _is_docstring(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 @contextlib.contextmanager

@@ -20,23 +20,23 @@ from pipeline.errors import DataError, TrainingError
 from pipeline.methods import LOSSES
 from pipeline.models import Architecture
 from pipeline.online_source import OnlineSource
+from pipeline.provenance import code_digest, fingerprint
 from pipeline.runtime import cpu_threads
 from pipeline.shard_format import MANIFEST
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
-from pipeline.storage import Store, code_digest, file_digest, fingerprint
+from pipeline.storage import Store, file_digest
 from pipeline.teacher import architecture_for, load_teacher
 from pipeline.training import Fit, fit
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# The modules that decide what a fit gives: an edit to one of them makes finished fits invalid.
-CODE = ("batches", "losses", "methods", "models", "student_run", "training", "views")
+# Beside the loop, the losses and the network, these modules decide what a fit gives, by source.
 SOURCE_CODE = {
-    "fresh": (),
-    "shards": ("shard_reader", "shard_source", "status"),
-    "online": ("attack", "boundary", "online_source", "status"),
+    "fresh": "pipeline.batches",
+    "shards": "pipeline.shard_source",
+    "online": "pipeline.online_source",
 }
 
 
@@ -91,7 +91,7 @@ class StudentRun:
             self.reads["search"] = params.attack.model_dump(include={"search", "tolerance", "max_gradients"})
         if inputs.validation is not None:
             self.reads["validation"] = inputs.validation.digest  # in the curve only
-        self.reads["code"] = code_digest(CODE + SOURCE_CODE[self.method.source])
+        self.reads["code"] = code_digest("pipeline.methods", "pipeline.training", SOURCE_CODE[self.method.source])
 
     def _need(self, value: Any, what: str) -> Any:
         if value is None:

@@ -21,13 +21,11 @@ from pipeline.evaluation import (
 )
 from pipeline.models import load_weights
 from pipeline.prediction import accuracy
+from pipeline.provenance import code_digest, fingerprint
 from pipeline.runtime import choose_device
-from pipeline.storage import Store, atomic_directory, code_digest, file_digest, fingerprint, write_json
+from pipeline.storage import Store, atomic_directory, file_digest, write_json
 from pipeline.teacher import load_teacher
 from stages.cli import WORK, errors_in_one_line, params_option, path_option
-
-# The modules that decide what a comparison gives: an edit to one of them makes finished comparisons invalid.
-CODE = ("boundary", "evaluation", "models", "similarity", "status")
 
 
 @click.command()
@@ -50,7 +48,7 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
     model = load_teacher(teacher, test)
     device = choose_device(params.runtime)
     batch_size = params.runtime.search_batch
-    store, code, side = Store(WORK / "comparisons"), code_digest(CODE), None
+    store, code, side = Store(WORK / "comparisons"), code_digest("pipeline.evaluation"), None
     comparisons: dict[tuple[str, int], Comparison] = {}
     names = [f"{student}-{method}" for student in params.students for method in params.methods]
     runs = [(name, seed) for name in names for seed in range(params.seeds)]

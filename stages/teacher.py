@@ -13,14 +13,12 @@ from pipeline.config import Params, load_params
 from pipeline.data import Prepared, read_prepared
 from pipeline.models import Classifier, load_weights, save_weights
 from pipeline.prediction import accuracy
+from pipeline.provenance import code_digest, fingerprint
 from pipeline.runtime import choose_device, make_fabric
-from pipeline.storage import Store, code_digest, fingerprint, write_atomically, write_json
+from pipeline.storage import Store, write_atomically, write_json
 from pipeline.teacher import architecture_for, checked_accuracy
 from pipeline.training import curve_csv, fit
 from stages.cli import WORK, errors_in_one_line, params_option, path_option
-
-# The modules that decide what training gives: an edit to one of them makes a finished teacher invalid.
-CODE = ("batches", "models", "training", "views")
 
 
 @click.command()
@@ -72,7 +70,7 @@ def _trained(params: Params, train: Prepared, validation: Prepared) -> tuple[Cla
         dataset.flip,
         train.digest,
         validation.digest,
-        code_digest(CODE),
+        code_digest("pipeline.training"),
     )
     result = fit(
         fabric,

@@ -1,0 +1,217 @@
+"""The default boundary search: Newton steps to the boundary, then a root on the quantised ray."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.boundary import (
+    LogitsFunction,
+    SearchResult,
+    check_arguments,
+    judge,
+    judged,
+    margin_and_gradient,
+    margin_of,
+    probability_margin,
+)
+from pipeline.projection import as_ray, per_row, project, project_on_two, row_sum
+from pipeline.status import Status
+
+OVERSHOOT = 0.1  # relative: aim past the boundary, so that the end of a ray brackets it
+OVERSHOOT_LOGITS = 0.01
+NEAR = 0.3  # of the first margin: from here the linearised boundary is trusted for the whole way from the image
+MAX_PROBES = 12  # forward passes on one ray
+MAX_OPEN_PROBES = 2  # the same while all of them fell short of the boundary
+CLEARANCE = 0.5  # logits by which a third class is to fall below the pair
+AIM = 0.8  # of the tolerance, where the search stops: the rest is for rounding in the final judgement
+
+
+class _NewtonSearch:
+    """The state of `newton` over R rows. A row walks (needs a gradient), closes (needs a forward pass) or is done."""
+
+    WALKING, SIDESTEPPING, CLOSING, DONE = range(4)
+
+    def __init__(
+        self, images: Tensor, base: Tensor, target: Tensor, aim: float, max_gradients: int, quantise: bool
+    ) -> None:
+        self.images, self.base, self.target = images, base, target
+        self.aim, self.max_gradients, self.quantise = aim, max_gradients, quantise
+        zeros = images.new_zeros(len(images))
+        counts = zeros.int()
+        self.phase = torch.full_like(counts, self.WALKING)
+        self.status = torch.full_like(counts, Status.CONVERGED, dtype=torch.uint8)  # unless something else ends the row
+        self.gradients, self.forwards, self.probes = counts.clone(), counts.clone(), counts.clone()
+        self.point = images.clone()  # where the next gradient is taken
+        self.start_margin = zeros.clone()
+        self.closed_once = zeros.bool()
+        # The ray from the image on which the root of the margin is searched, as a function of the scale.
+        self.direction, self.scale, self.slope = torch.zeros_like(images), zeros.clone(), zeros.clone()
+        self.inside, self.outside = zeros.clone(), torch.full_like(zeros, torch.inf)
+        self.last_scale, self.last_margin = zeros.clone(), zeros.clone()
+
+    def rows_in(self, phase: int) -> Tensor:
+        return (self.phase == phase).nonzero().squeeze(1)
+
+    def walk(self, rows: Tensor, logits_of: LogitsFunction) -> None:
+        """Take one gradient at each row's point, and lay a ray to where the linearised margin is zero."""
+        _, margin, gradient = margin_and_gradient(logits_of, self.point[rows], self.base[rows], self.target[rows])
+        self.gradients[rows] += 1
+        first = self.gradients[rows] == 1
+        norm = row_sum(gradient.square())
+        bad = ~(torch.isfinite(margin) & torch.isfinite(norm) & (norm > 0))
+        no_base = first & (margin <= 0) & ~bad
+        self.status[rows[bad]] = Status.BAD_GRADIENT
+        self.status[rows[no_base]] = Status.BASE_MISCLASSIFIED
+        self.phase[rows[bad | no_base]] = self.DONE
+        good = ~(bad | no_base)
+        rows, margin, gradient, first = rows[good], margin[good], gradient[good], first[good]
+        self.start_margin[rows] = torch.where(first, margin, self.start_margin[rows])
+
+        # Near the boundary, the nearest point of the linearised boundary is sought from the image, not from the
+        # current point: that sheds the detours of the steps before. Once such a ray fell short, only go on.
+        images, point = self.images[rows], self.point[rows]
+        near = (margin <= NEAR * self.start_margin[rows]) & ~self.closed_once[rows]
+        from_image = margin + row_sum(gradient * (images - point))
+        restart = (first | near) & (from_image > 0)
+        decrease = torch.where(restart, from_image, margin.clamp(min=0))
+        origin = torch.where(per_row(restart), images, point)
+        end = project(origin, gradient, decrease * (1 + OVERSHOOT) + OVERSHOOT_LOGITS)
+
+        self._lay_ray(rows, end, gradient, from_image, restart)
+        last = self.gradients[rows] >= self.max_gradients
+        closing = (near & ~first) | self.closed_once[rows] | last
+        self.closed_once[rows] |= closing
+        self.phase[rows] = torch.where(closing, self.CLOSING, self.WALKING).int()
+
+    def sidestep(self, rows: Tensor, logits_of: LogitsFunction) -> None:
+        """Where a third class is on top of a sample on the boundary, move along the boundary until it is not.
+
+        A Newton step on two linearised constraints: the margin stays zero, and the third class falls below the pair.
+        """
+        images, x = self.images[rows], self.point[rows].requires_grad_()
+        pair = torch.stack([self.base[rows], self.target[rows]], 1)
+        with torch.enable_grad():
+            logits = logits_of(x)
+            margin = margin_of(logits, self.base[rows], self.target[rows])
+            others = logits.scatter(1, pair, -torch.inf)
+            excess = others.amax(1) - logits.gather(1, pair).mean(1)
+            (gradient,) = torch.autograd.grad(margin.sum(), x, retain_graph=True)
+            (excess_gradient,) = torch.autograd.grad(excess.sum(), x)
+        x, margin, excess = x.detach(), margin.detach(), excess.detach()
+        self.gradients[rows] += 2
+        end = project_on_two(
+            x, gradient, excess_gradient, margin + OVERSHOOT_LOGITS, excess * (1 + OVERSHOOT) + CLEARANCE
+        )
+        from_image = margin + row_sum(gradient * (images - x))
+        self._lay_ray(rows, end, gradient, from_image, torch.ones_like(rows, dtype=torch.bool))
+        self.phase[rows] = self.CLOSING
+
+    def _lay_ray(self, rows: Tensor, end: Tensor, gradient: Tensor, from_image: Tensor, restart: Tensor) -> None:
+        """Search next on the ray from each image through `end`; first where the linearised margin is zero on it."""
+        direction, full = as_ray(end - self.images[rows], self.quantise)
+        slope = row_sum(gradient * direction)
+        expected = -from_image / slope
+        self.point[rows], self.direction[rows], self.slope[rows] = end, direction, slope
+        self.scale[rows] = torch.where(restart & (expected > 0) & (expected < full), expected, full)
+        self.inside[rows], self.outside[rows], self.probes[rows] = 0, torch.inf, 0
+
+    def close(self, rows: Tensor, logits_of: LogitsFunction) -> None:
+        """Evaluate the margin at each row's scale, and take a secant step that stays inside the bracket."""
+        images, direction, scale = self.images[rows], self.direction[rows], self.scale[rows]
+        logits = logits_of(images + direction * per_row(scale))
+        margin = margin_of(logits, self.base[rows], self.target[rows])
+        self.forwards[rows] += 1
+        self.probes[rows] += 1
+        probes = self.probes[rows]
+        secant = (margin - self.last_margin[rows]) / (scale - self.last_scale[rows])
+        slope = torch.where((probes > 1) & torch.isfinite(secant) & (secant < 0), secant, self.slope[rows])
+        inside = torch.where(margin > 0, scale, self.inside[rows])
+        outside = torch.where(margin <= 0, scale, self.outside[rows])
+        bracketed = torch.isfinite(outside)
+        limit = self._largest_scale(images, direction)
+
+        step = scale - margin / slope
+        otherwise = torch.where(bracketed, (inside + outside) / 2, 1.5 * scale)
+        sound = (step > inside) & (step < outside) & (step < 1.5 * scale)
+        step = torch.minimum(torch.where(sound, step, otherwise), limit)
+
+        found = probability_margin(margin) <= self.aim
+        short = ~found & ~bracketed & ((scale >= limit) | (probes >= MAX_OPEN_PROBES))
+        over = found | (probes >= MAX_PROBES) | (short & (self.gradients[rows] >= self.max_gradients))
+        third = found & (judge(logits, self.base[rows], self.target[rows], 1.0) == Status.THIRD_CLASS)
+        aside = third & (self.gradients[rows] + 2 <= self.max_gradients)
+        moved = short | aside
+        self.point[rows[moved]] = (images + direction * per_row(scale))[moved].clamp(0, 1)
+        self.scale[rows] = torch.where(found | short, scale, step)
+        self.slope[rows], self.last_margin[rows], self.last_scale[rows] = slope, margin, scale
+        self.inside[rows], self.outside[rows] = inside, outside
+        self.phase[rows] = torch.where(over, self.DONE, torch.where(short, self.WALKING, self.CLOSING)).int()
+        self.phase[rows[aside]] = self.SIDESTEPPING
+
+    def _largest_scale(self, images: Tensor, direction: Tensor) -> Tensor:
+        """The scale up to which the ray stays within half a quantisation step of the box."""
+        slack = 0.5 if self.quantise else 0.0
+        room = torch.where(direction > 0, 1 - images, images) / (direction.abs() - slack)
+        return torch.where(direction.abs() > slack, room, torch.inf).amin((1, 2, 3))
+
+
+@torch.no_grad()
+def newton(
+    logits_of: LogitsFunction,
+    images: Tensor,
+    base: Tensor,
+    target: Tensor,
+    *,
+    tolerance: float = 0.02,
+    max_gradients: int = 20,
+    batch_size: int = 256,
+    quantise: bool = True,
+    reference: LogitsFunction | None = None,
+) -> SearchResult:
+    """Find samples on the boundary between base and target class, near their images (default search).
+
+    Newton steps on the logit margin lead to the boundary. There the nearest point of the linearised boundary is taken
+    from the image, exactly within the box [0, 1]; the ray from the image through it is rounded to int8, and the root
+    of the margin on that rounded ray is closed in on by forward passes alone. So what is stored is what was searched.
+
+    Args:
+        logits_of: pixels (n, C, H, W) in [0, 1] to logits (n, classes); differentiable.
+        images: (R, C, H, W) float32 in [0, 1].
+        base: (R,) int64, classes that `logits_of` predicts for the images.
+        target: (R,) int64, other classes.
+        tolerance: largest probability margin tanh(|m| / 2) of a converged sample.
+        max_gradients: gradient evaluations per row.
+        batch_size: rows per pass.
+        quantise: round directions to int8; otherwise they stay float32.
+        reference: network whose logits are recorded and judged; by default `logits_of`.
+
+    Raises:
+        ValueError: the arguments do not fit each other.
+    """
+    check_arguments(images, base, target)
+    state = _NewtonSearch(images, base, target, AIM * tolerance, max_gradients, quantise)
+    while True:
+        walking, closing = state.rows_in(state.WALKING), state.rows_in(state.CLOSING)
+        aside = state.rows_in(state.SIDESTEPPING)
+        if len(closing) >= batch_size or (len(closing) and not len(walking)):
+            state.close(closing[:batch_size], logits_of)
+        elif len(walking):
+            state.walk(walking[:batch_size], logits_of)
+        elif len(aside):
+            state.sidestep(aside[:batch_size], logits_of)
+        else:
+            break
+    return judged(
+        state.direction,
+        state.scale,
+        images,
+        base,
+        target,
+        tolerance,
+        batch_size,
+        reference or logits_of,
+        state.status,
+        state.gradients,
+        state.forwards,
+    )

@@ -1,0 +1,59 @@
+"""The architecture: imports go one way, and DVC knows every module that a stage depends on."""
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.provenance import ROOT, closure_of, imported_by, path_of
+
+# Modules import only from layers above their own in this list.
+LAYERS = (
+    {"errors", "status", "losses", "similarity", "provenance"},
+    {"storage", "config"},
+    {"shard_format", "runtime", "data", "models", "views", "projection"},
+    {"shard_store", "shard_writer", "shard_reader", "boundary", "batches", "prediction", "reporting"},
+    {"newton", "heo2019", "teacher", "shard_source", "methods", "training"},
+    {"attack", "evaluation"},
+    {"attack_run", "online_source"},
+    {"student_run"},
+)
+STAGES = ("prepare", "teacher", "attack", "student", "evaluate", "report")
+
+
+def modules(package):
+    return {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
+
+
+def test_every_module_has_a_layer():
+    assert set.union(*LAYERS) == modules("pipeline")
+    assert sum(map(len, LAYERS)) == len(modules("pipeline"))
+
+
+def test_library_imports_only_from_lower_layers():
+    layer_of = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    for name, layer in layer_of.items():
+        for imported in imported_by(f"pipeline.{name}"):
+            package, _, other = imported.partition(".")
+            assert package == "pipeline", f"pipeline.{name} imports {imported}"
+            assert layer_of[other] < layer, f"pipeline.{name} imports {imported}"
+
+
+def test_the_reader_never_imports_the_writer():
+    assert "pipeline.shard_writer" not in closure_of("pipeline.shard_reader")
+
+
+def test_stages_import_no_other_stage():
+    for name in modules("stages") - {"cli"}:
+        stages = {module for module in imported_by(f"stages.{name}") if module.startswith("stages.")}
+        assert stages <= {"stages.cli"}, f"stages.{name} imports {stages}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deps_name_every_module_that_a_stage_imports(stage):
+    declared = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"][stage]["deps"]
+    modules_declared = {path for path in declared if path.endswith(".py")}
+    assert modules_declared == {str(path_of(module)) for module in closure_of(f"stages.{stage}")}
+
+
+def test_runtime_is_in_no_stages_parameters():
+    for stage in YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].values():
+        assert not any(str(name).startswith("runtime") for name in stage["params"])
