@@ -90,6 +90,10 @@ class SampleDataset:
             self.store.seal(self.stored_name(block))
             yield block
 
+    def prune(self) -> int:
+        """Remove all other shards from the store; returns how many."""
+        return self.store.prune(self.stored_name(block) for block in self.blocks)
+
     def manifest(self, entries: list[ShardEntry]) -> Manifest:
         train = self.train
         return Manifest(

@@ -5,10 +5,11 @@ Anything unknown, of the wrong type or out of range is refused by name before an
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -21,6 +22,30 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Names end up in DVC stage names, paths and keys.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
+
+
+RESNET_NAME = re.compile(r"resnet(\d+)(?:w(\d+))?")
+
+
+def resnet_size(name: str) -> tuple[int, int]:
+    """Depth and width of a network name: `resnet20` is (20, 16), `resnet8w4` is (8, 4).
+
+    Raises:
+        ValueError: no network has that name.
+    """
+    match = RESNET_NAME.fullmatch(name)
+    depth, width = (int(match[1]), int(match[2] or 16)) if match else (0, 0)
+    if depth < 8 or (depth - 2) % 6 or width < 1:
+        raise ValueError("expected a network resnet<6n+2> (8, 14, 20, 26, ...) or one with its width, as resnet8w4")
+    return depth, width
+
+
+def _known_network(name: str) -> str:
+    resnet_size(name)
+    return name
+
+
+NetworkName = Annotated[str, AfterValidator(_known_network)]
 
 
 class Section(BaseModel):
@@ -56,7 +81,7 @@ class Training(Section):
 class Teacher(Section):
     """The network to distil: trained here, or imported from a safetensors file."""
 
-    network: Name
+    network: NetworkName
     weights: str | None = Field(description="safetensors file to import instead of training")
     seed: Seed
     training: Training
@@ -118,7 +143,7 @@ class Params(Section):
     dataset: Dataset
     teacher: Teacher
     attack: Attack
-    students: Annotated[list[Name], Field(min_length=1)] = Field(description="networks to train")
+    students: Annotated[list[NetworkName], Field(min_length=1)] = Field(description="networks to train")
     methods: Annotated[list[Name], Field(min_length=1)] = Field(description="names from `method` to train them with")
     seeds: Count = Field(description="runs of each student and method")
     method: dict[Name, Method]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +18,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.config import resnet_size
 from pipeline.errors import WeightsError
 from pipeline.storage import write_atomically
-
-RESNET_NAME = re.compile(r"resnet(\d+)(?:w(\d+))?")
 
 
 class Architecture(NamedTuple):
@@ -114,13 +112,10 @@ def build(architecture: Architecture) -> Classifier:
     Raises:
         WeightsError: no network has that name.
     """
-    name = architecture.network
-    match = RESNET_NAME.fullmatch(name)
-    if not match:
-        raise WeightsError(f"unknown network '{name}'; known are resnet<6n+2> and resnet<6n+2>w<width>, as resnet8w4")
-    depth, width = int(match[1]), int(match[2] or 16)
-    if depth < 8 or (depth - 2) % 6 or width < 1:
-        raise WeightsError(f"network '{name}': depth must be 6n + 2 (8, 14, 20, ...) and width at least 1")
+    try:
+        depth, width = resnet_size(architecture.network)
+    except ValueError as error:
+        raise WeightsError(f"network '{architecture.network}': {error}") from None
     return Classifier(ResNet(depth, width, architecture.image_shape[0], architecture.classes), architecture)
 
 

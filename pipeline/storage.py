@@ -155,26 +155,37 @@ class Store:
     def find(self, name: str) -> Path | None:
         """The path of a stored file whose digest fits, or None."""
         path = self.path(name)
-        digest = path.with_name(path.name + ".sha256")
         try:
-            if digest.read_text() == file_digest(path):
+            if _digest_path(path).read_text() == file_digest(path):
                 return path
         except OSError:
-            pass
-        path.unlink(missing_ok=True)
-        digest.unlink(missing_ok=True)
+            pass  # one of the two is missing
+        _forget(path)
         return None
 
     def seal(self, name: str) -> Path:
         """Declare the file at `path(name)` finished."""
         path = self.path(name)
-        write_atomically(path.with_name(path.name + ".sha256"), file_digest(path))
+        write_atomically(_digest_path(path), file_digest(path))
         return path
 
-    def prune(self, keep: Iterable[str]) -> list[str]:
-        """Remove all files whose first folder is not in `keep`; return the removed folders' names."""
-        kept = set(keep)
-        unwanted = sorted(p.name for p in self.root.glob("*") if p.is_dir() and p.name not in kept)
-        for name in unwanted:
-            shutil.rmtree(self.root / name)
-        return unwanted
+    def prune(self, keep: Iterable[str]) -> int:
+        """Remove all files but those of these names; returns how many were removed."""
+        kept = {self.path(name) for name in keep}
+        files = [path for path in self.root.rglob("*") if path.is_file() and path.suffix != ".sha256"]
+        unwanted = [path for path in files if path not in kept]
+        for path in unwanted:
+            _forget(path)
+        for folder in self.root.glob("*"):
+            with contextlib.suppress(OSError):  # not empty: in use
+                folder.rmdir()
+        return len(unwanted)
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _forget(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    _digest_path(path).unlink(missing_ok=True)

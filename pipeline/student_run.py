@@ -98,8 +98,8 @@ class StudentRun:
             raise DataError(f"{self.name}: needs {what} (source '{self.method.source}'), which is not there")
         return value
 
-    def fit(self, seed: int) -> Fit:
-        """Train with one seed, or find the finished run."""
+    def fit(self, seed: int, bar_position: int = 0) -> Fit:
+        """Train with one seed, or find the finished run; the progress bar goes `bar_position` lines down."""
         key = fingerprint(self.architecture._asdict(), self.reads, seed)
         weights, loss = self.params.distillation, LOSSES[self.method.algorithm]
 
@@ -117,6 +117,7 @@ class StudentRun:
             seed,
             self.inputs.validation,
             f"{self.name} seed {seed}",
+            bar_position,
         )
 
     def fit_all(self) -> list[Fit]:
@@ -130,8 +131,9 @@ class StudentRun:
         workers = min(len(seeds), runtime.workers or threads) if self.fabric.device.type == "cpu" else 1
         if workers == 1:
             return [self.fit(seed) for seed in seeds]
-        arguments = (self, max(1, threads // workers))
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, arguments) as pool:
+        context = multiprocessing.get_context("fork")
+        arguments = (self, max(1, threads // workers), context.Value("i", 0))
+        with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
             try:
                 return list(pool.map(_fit_in_worker, seeds))
             except BrokenProcessPool:
@@ -162,14 +164,17 @@ class StudentRun:
 
 # A forked worker inherits the run with all its data; arguments of tasks would be pickled.
 _worker_run: StudentRun
+_worker_number: int
 
 
-def _start_worker(run: StudentRun, threads: int) -> None:
-    global _worker_run
+def _start_worker(run: StudentRun, threads: int, started: Any) -> None:
+    global _worker_run, _worker_number
     _worker_run = run
+    with started.get_lock():
+        _worker_number, started.value = started.value, started.value + 1
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent tells the user
 
 
 def _fit_in_worker(seed: int) -> Fit:
-    return _worker_run.fit(seed)
+    return _worker_run.fit(seed, _worker_number)

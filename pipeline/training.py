@@ -59,6 +59,7 @@ def fit(
     seed: int,
     validation: Prepared | None,
     description: str,
+    bar_position: int = 0,
 ) -> Fit:
     """Train a network from scratch, or return the finished run of the same fingerprint.
 
@@ -73,6 +74,7 @@ def fit(
         seed: of the first weights.
         validation: for the curve only; nothing is chosen by it.
         description: for progress.
+        bar_position: lines below the cursor at which the progress bar is drawn.
 
     Raises:
         TrainingError: the loss is not finite; the last checkpoint is kept.
@@ -84,7 +86,7 @@ def fit(
     torch.manual_seed(seed)
     classifier = build(architecture)
     curve = _Run(fabric, classifier, training, store.path(f"{key}/checkpoint.pt")).train(
-        source(), loss_of, seed, validation, description
+        source(), loss_of, seed, validation, description, bar_position
     )
     save_weights(classifier, store.path(weights))
     write_json(store.path(curve_file), curve)
@@ -106,12 +108,25 @@ class _Run:
         self.saved = time.monotonic()
 
     def train(
-        self, source: Source, loss_of: StepLoss, seed: int, validation: Prepared | None, description: str
+        self,
+        source: Source,
+        loss_of: StepLoss,
+        seed: int,
+        validation: Prepared | None,
+        description: str,
+        bar_position: int,
     ) -> list[dict[str, float]]:
         self._resume()
         epochs = self.training.epochs
-        bar = tqdm(total=epochs, initial=len(self.curve), desc=description, unit="epoch", disable=None, leave=False)
-        with bar:
+        with tqdm(
+            total=epochs,
+            initial=len(self.curve),
+            desc=description,
+            unit="epoch",
+            position=bar_position,
+            disable=None,
+            leave=False,
+        ) as bar:
             for epoch in range(len(self.curve), epochs):
                 torch.manual_seed(seed * epochs + epoch)  # for layers that draw, such as dropout
                 row = {"epoch": epoch + 1.0, "learning_rate": learning_rate(self.training, epoch)}

@@ -24,8 +24,9 @@ TEACHER_CHECK = 2048  # images on which the teacher is checked first
 @path_option("--prepared", "data/prepared", "Directory of the prepared splits.")
 @path_option("--teacher", "models/teacher.safetensors", "Weights of the teacher.")
 @path_option("--out", "data/bss", "Directory for the sample dataset.")
+@click.option("--prune", is_flag=True, help="Afterwards remove all other shards from the store.")
 @errors_in_one_line
-def main(params_path: Path, prepared: Path, teacher: Path, out: Path) -> None:
+def main(params_path: Path, prepared: Path, teacher: Path, out: Path, prune: bool) -> None:
     """Search boundary-supporting samples for every view of every training image.
 
     Writes HDF5 shards and manifest.json. Finished shards are kept in .work/shards: a run that was stopped goes on
@@ -48,6 +49,8 @@ def main(params_path: Path, prepared: Path, teacher: Path, out: Path) -> None:
                 for block in dataset.make(search, missing):
                     bar.update(block.rows)
         manifest = dataset.publish(out)
+        if prune:
+            say(f"removed {dataset.prune()} other shards from {WORK / 'shards'}")
     totals = manifest.totals
     attacked = totals.samples - totals.statuses["base_misclassified"]
     click.echo(
