@@ -91,7 +91,7 @@ class Search:
         """Fill in what a search finds for the rows that the teacher classifies correctly, all targets at once."""
         base = torch.from_numpy(values["label"][correct]).to(self.device)
         target = torch.from_numpy(values["target"][correct].astype(np.int64)).to(self.device)
-        count = target.shape[1]
+        count, classes = target.shape[1], self.teacher.architecture.classes
         result = self.find(
             images[torch.from_numpy(correct).to(self.device)].repeat_interleave(count, 0),
             base.repeat_interleave(count),
@@ -109,6 +109,13 @@ class Search:
         for name, tensor in found.items():
             array = tensor.cpu().numpy()
             values[name][correct] = array.reshape(-1, count, *array.shape[1:])
+        # The search's network may see a tie where the reference sees a correct base: by rounding, very rarely.
+        lost = values["status"] == Status.BASE_MISCLASSIFIED
+        values["target"][lost] = -1
+        values["margin"][lost] = 0
+        values["boundary_logits"][lost] = np.broadcast_to(values["teacher_logits"][:, None], (*lost.shape, classes))[
+            lost
+        ]
 
     def find(self, images: Tensor, base: Tensor, target: Tensor) -> SearchResult:
         """Search as the parameters say; shapes as in `pipeline.newton.newton`."""
@@ -139,7 +146,8 @@ def draw_targets(
     Returns:
         (N, targets), in order of the draw.
     """
-    smallest = 2.0**-54  # half a step of the noise: the logarithm of 0 is not wanted
-    keys = logits.astype(np.float64) - np.log(-np.log(noise + smallest))
+    inside = np.clip(noise, 2.0**-54, 1 - 2.0**-53)  # the logarithms of 0 and 1 are not wanted
+    keys = logits.astype(np.float64) - np.log(-np.log(inside))
+    keys = np.maximum(keys, np.finfo(np.float64).min)  # a class of probability 0 still comes before the base class
     np.put_along_axis(keys, labels[:, None], -np.inf, 1)
     return np.argsort(-keys, axis=1, kind="stable")[:, :targets]

@@ -69,7 +69,7 @@ def judge(logits: Tensor, base: Tensor, target: Tensor, tolerance: float) -> Ten
     pair = torch.stack([base, target], 1)
     lower = logits.gather(1, pair).amin(1)
     others = logits.scatter(1, pair, -torch.inf).amax(1)
-    status = torch.where(others >= lower, Status.THIRD_CLASS, Status.CONVERGED)
+    status = torch.where(others < lower, Status.CONVERGED, Status.THIRD_CLASS)  # a NaN is a third class
     on_boundary = probability_margin(margin_of(logits, base, target)) <= tolerance  # False for NaN
     return torch.where(on_boundary, status, Status.NOT_CONVERGED).to(torch.uint8)
 
@@ -99,7 +99,7 @@ def check_arguments(images: Tensor, base: Tensor, target: Tensor) -> None:
             "expected images (R, C, H, W), base (R,) and target (R,), "
             f"got {tuple(images.shape)}, {tuple(base.shape)} and {tuple(target.shape)}"
         )
-    if rows and bool((images.amin() < 0) | (images.amax() > 1)):
+    if not bool(((images >= 0) & (images <= 1)).all()):  # False for NaN
         raise ValueError(f"images must be in [0, 1], got {images.amin():.3g} to {images.amax():.3g}")
     if bool((base == target).any()):
         raise ValueError(f"base and target class are the same in row {int((base == target).int().argmax())}")
@@ -132,13 +132,3 @@ def judged(
         gradients,
         forwards + 1,
     )
-
-
-def __getattr__(name: str):  # TEMPORARY
-    import importlib
-
-    if name in ("newton", "heo2019"):
-        return getattr(importlib.import_module(f"pipeline.{name}"), name)
-    if name.isupper():
-        return getattr(importlib.import_module("pipeline.newton"), name)
-    raise AttributeError(name)

@@ -28,7 +28,7 @@ def heo2019(
     probabilities: bool = False,
     reference: LogitsFunction | None = None,
 ) -> SearchResult:
-    """The iterative rule of Heo et al. (2019, equation 5) as in their released code, for comparison.
+    """The iterative rule of Heo et al. (2019) as in their released code, for comparison.
 
     In normalised space, x <- clamp(x - step_size (L + epsilon) grad L / ||grad L||) with L = score_b - score_k, until
     the top class is no longer the base class, at most `steps` times. The results lie beyond the boundary, so
@@ -59,8 +59,9 @@ def heo2019(
         scores, loss, gradient = margin_and_gradient(scores_of, x[rows], base[rows], target[rows])
         gradients[rows] += 1
         norm = row_sum(gradient.square()).sqrt()
-        left = scores.argmax(1) != base[rows]
-        bad = ~(torch.isfinite(norm) & (norm > 0)) & ~left
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        left = finite & (scores.argmax(1) != base[rows])
+        bad = ~left & ~(finite & (norm > 0))
         status[rows[bad]] = Status.BAD_GRADIENT
         status[rows[left & (gradients[rows] == 1)]] = Status.BASE_MISCLASSIFIED
         moves = ~(left | bad)

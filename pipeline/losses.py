@@ -43,7 +43,7 @@ class Selection(NamedTuple):
 def select_base_samples(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, usable: Tensor, count: int
 ) -> Selection:
-    """Choose the base samples of the boundary loss (Heo et al., 2019, section "base sample selection").
+    """Choose the base samples of the boundary loss (Heo et al., 2019).
 
     Candidates are the samples that teacher and student both classify correctly; of these, the ones are taken whose
     probabilities of the other classes differ most, by squared difference. The count is fixed so that the host never

@@ -34,7 +34,7 @@ def hinton(student: nn.Module, batch: Batch, weights: Distillation, progress: fl
 
 
 def bss(student: nn.Module, batch: Batch, weights: Distillation, progress: float) -> Tensor:
-    """Hinton's loss, and the same distillation on boundary-supporting samples (Heo et al., 2019, equation 8)."""
+    """Hinton's loss, and the same distillation on boundary-supporting samples (Heo et al., 2019)."""
     logits = student(batch.images)
     loss = _hinton(logits, batch, weights, progress)
     beta = boundary_weight(progress, weights.boundary_start, weights.boundary_zero_at)

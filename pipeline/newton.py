@@ -55,12 +55,12 @@ class _NewtonSearch:
 
     def walk(self, rows: Tensor, logits_of: LogitsFunction) -> None:
         """Take one gradient at each row's point, and lay a ray to where the linearised margin is zero."""
-        _, margin, gradient = margin_and_gradient(logits_of, self.point[rows], self.base[rows], self.target[rows])
+        logits, margin, gradient = margin_and_gradient(logits_of, self.point[rows], self.base[rows], self.target[rows])
         self.gradients[rows] += 1
         first = self.gradients[rows] == 1
-        norm = row_sum(gradient.square())
-        bad = ~(torch.isfinite(margin) & torch.isfinite(norm) & (norm > 0))
-        no_base = first & (margin <= 0) & ~bad
+        steepest = gradient.abs().amax((1, 2, 3))
+        bad = ~(torch.isfinite(margin) & torch.isfinite(steepest) & (steepest > 0))
+        no_base = first & ((margin <= 0) | (logits.argmax(1) != self.base[rows])) & ~bad
         self.status[rows[bad]] = Status.BAD_GRADIENT
         self.status[rows[no_base]] = Status.BASE_MISCLASSIFIED
         self.phase[rows[bad | no_base]] = self.DONE

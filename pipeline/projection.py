@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 INT8_MAX = 127
-PROJECTION_STEPS = 6  # each accounts for the pixels that saturated in the last one; more change nothing
+PROJECTION_STEPS = 6  # each accounts for the pixels that saturated in the last one
 
 
 def per_row(values: Tensor) -> Tensor:
@@ -24,21 +24,28 @@ def project(origin: Tensor, gradient: Tensor, decrease: Tensor) -> Tensor:
 
     It is clip(origin - l * gradient, 0, 1) for the l at which the fall is as asked. The fall is concave and piecewise
     linear in l, so Newton's method from l = decrease / ||gradient||^2 approaches it from below, one step for each
-    round of newly saturated pixels. Where the box allows no such fall, the corner that comes nearest is returned.
+    round of newly saturated pixels; where most pixels saturate, the last per cent may be missing. Where the box
+    allows no such fall, the corner of the largest fall is returned.
 
     Args:
         origin: (R, C, H, W) in [0, 1].
-        gradient: (R, C, H, W) of the margin, not all zero in any row.
+        gradient: (R, C, H, W) of the margin, finite, not all zero in any row.
         decrease: (R,) of the margin, above 0.
     """
-    length = decrease / row_sum(gradient.square())
+    steepest = gradient.abs().amax((1, 2, 3))
+    slopes, fall = gradient / per_row(steepest), decrease / steepest  # so that no square underflows
+    corner = torch.where(slopes > 0, 0.0, torch.where(slopes < 0, 1.0, origin))
+    largest = row_sum(slopes * (origin - corner))
+    aim = torch.minimum(fall, largest)
+    length = aim / row_sum(slopes.square())
     for _ in range(PROJECTION_STEPS):
-        unclipped = origin - per_row(length) * gradient
+        unclipped = origin - per_row(length) * slopes
         point = unclipped.clamp(0, 1)
-        fall = row_sum(gradient * (origin - point))
-        slope = row_sum(gradient.square() * (unclipped == point))
-        length = length + torch.where(slope > 0, (decrease - fall) / slope, 0)
-    return (origin - per_row(length) * gradient).clamp(0, 1)
+        slope = row_sum(slopes.square() * (unclipped == point))
+        missing = aim - row_sum(slopes * (origin - point))
+        length = length + torch.where(slope > 0, missing / slope, 0)
+    point = (origin - per_row(length) * slopes).clamp(0, 1)
+    return torch.where(per_row(fall < largest), point, corner)
 
 
 def project_on_two(

@@ -22,7 +22,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.errors import StoreError
-from pipeline.provenance import code_digest, fingerprint  # noqa: F401  TEMPORARY
 
 FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file, copied when one of the two is written
 

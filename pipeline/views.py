@@ -44,7 +44,7 @@ def uniforms(seed: int, stream: Stream, view: int, start: int, rows: int, width:
     counters = -(-width // WORDS_PER_COUNTER)
     bits = np.random.Philox(key=np.array([seed, (int(stream) << 32) | view], np.uint64))
     bits.advance(start * counters)
-    words = bits.random_raw(rows * counters * WORDS_PER_COUNTER).reshape(rows, -1)[:, :width]
+    words = bits.random_raw(rows * counters * WORDS_PER_COUNTER).reshape(rows, counters * WORDS_PER_COUNTER)[:, :width]
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

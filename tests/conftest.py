@@ -1,0 +1,13 @@
+"""Fixtures of all tests."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors of a few kilobytes: handing parts of them to other threads costs many times what it saves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,719 @@
+"""The boundary search against closed forms, a plain transcription of the paper's rule, and its own promises."""
+
+import io
+import math
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.attack import draw_targets
+from pipeline.boundary import judge, margin_of, probability_margin
+from pipeline.heo2019 import heo2019
+from pipeline.models import Architecture, folded, load_weights
+from pipeline.newton import newton
+from pipeline.projection import project
+from pipeline.status import Status
+from tests.helpers import (
+    linear_classifier,
+    other_classes,
+    random_images,
+    random_linear_classifier,
+    tiny_resnet,
+    top_two,
+)
+
+TOLERANCE = 0.02
+LARGEST_MARGIN = 2 * math.atanh(TOLERANCE)  # logits
+HALF_LEVEL = 0.5  # of the scale: what rounding to int8 may move a pixel by
+
+
+# Closed forms: linear classifiers
+
+
+def linear_case(seed, images):
+    """A linear classifier with its top two classes of each image, and the weight and margin between the two."""
+    model = random_linear_classifier(seed)
+    base, target = top_two(model, images)
+    weight = model.network[1].weight.view(-1, *images.shape[1:])
+    return model, base, target, weight[base] - weight[target], margin_of(model(images), base, target)
+
+
+def gray_images(seed):
+    """Images so far from black and white that no bound is active between them and a boundary."""
+    return random_images(seed, 32, low=0.4, high=0.6, dtype=torch.float64)
+
+
+def per_image(values):
+    return values[:, None, None, None]
+
+
+def exact_perturbation(weight, margin):
+    """The way to the nearest point of the hyperplane: -m / ||w||^2 w."""
+    return -per_image(margin / weight.square().sum((1, 2, 3))) * weight
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_newton_finds_the_nearest_point_of_a_hyperplane(seed):
+    images = gray_images(seed)
+    model, base, target, weight, margin = linear_case(seed, images)
+    expected = exact_perturbation(weight, margin)
+    assert ((images + expected > 0) & (images + expected < 1)).all()
+    result = newton(model, images, base, target, quantise=False)
+    assert (result.status == Status.CONVERGED).all()
+    torch.testing.assert_close(result.perturbation, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(result.distance, margin / weight.square().sum((1, 2, 3)).sqrt(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(result.margin, torch.zeros_like(margin), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_newton_in_float32_finds_the_nearest_point_of_a_hyperplane(seed):
+    images = gray_images(seed)
+    model, base, target, weight, margin = linear_case(seed, images)
+    result = newton(model.float(), images.float(), base, target, quantise=False)
+    # Logits of order 10 carry errors of order 1e-6, against margins that may be as small as 1e-2.
+    torch.testing.assert_close(result.perturbation.double(), exact_perturbation(weight, margin), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_quantised_newton_rounds_the_direction_and_solves_for_the_scale(seed):
+    images = gray_images(seed)
+    model, base, target, weight, margin = linear_case(seed, images)
+    result = newton(model, images, base, target)
+    assert (result.status == Status.CONVERGED).all()
+    exact = exact_perturbation(weight, margin)
+    exact_direction = 127 * exact / exact.abs().amax((1, 2, 3), keepdim=True)
+    assert torch.equal(result.direction, result.direction.round())
+    assert (result.direction.abs().amax((1, 2, 3)) == 127).all()
+    assert (result.direction - exact_direction).abs().amax() <= 0.5 + 1e-9
+    # On the rounded ray the margin is linear too: its root is known.
+    root = -margin / (weight * result.direction).sum((1, 2, 3))
+    torch.testing.assert_close(result.scale, root, rtol=1e-9, atol=0)
+    torch.testing.assert_close(result.distance, root * result.direction.square().sum((1, 2, 3)).sqrt())
+    # Rounding turns the ray by less than half a level per pixel, so the detour is small.
+    shortest = margin / weight.square().sum((1, 2, 3)).sqrt()
+    assert (result.distance >= shortest * (1 - 1e-9)).all()
+    assert (result.distance <= shortest * 1.001).all()
+
+
+def nearest_in_box(origin, gradient, decrease):
+    """clip(origin - l * gradient, 0, 1) with l by bisection, so that the linear margin falls by `decrease`."""
+
+    def point(multiplier):
+        return np.clip(origin - multiplier * gradient, 0, 1)
+
+    low, high = 0.0, 1.0
+    while (gradient * (origin - point(high))).sum() < decrease:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        if (gradient * (origin - point(middle))).sum() < decrease:
+            low = middle
+        else:
+            high = middle
+    return point(high)
+
+
+def projection_case(seed, share):
+    """An image with many pixels at or near its bounds, a gradient of uneven sizes, and a share of the largest fall."""
+    generator = np.random.default_rng(seed)
+    shape = (3, int(generator.integers(2, 8)), int(generator.integers(2, 8)))
+    origin = np.clip(generator.normal(0.5, 0.5, shape), 0, 1)
+    gradient = generator.normal(size=shape) * np.exp(generator.normal(size=shape))
+    largest_fall = np.where(gradient > 0, gradient * origin, -gradient * (1 - origin)).sum()
+    return origin, gradient, share * largest_fall
+
+
+def projected(origin, gradient, decrease):
+    return project(torch.tensor(origin)[None], torch.tensor(gradient)[None], torch.tensor([decrease]))[0].numpy()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.7])
+def test_projection_is_exact_where_bounds_are_active(share):
+    for seed in range(40):
+        origin, gradient, decrease = projection_case(seed, share)
+        expected = nearest_in_box(origin, gradient, decrease)
+        np.testing.assert_allclose(projected(origin, gradient, decrease), expected, rtol=0, atol=1e-9)
+
+
+def test_projection_that_saturates_nearly_everything_falls_short_by_little():
+    # The number of rounds is fixed, and each frees the projection of the pixels that saturated in the last one.
+    for seed in range(40):
+        origin, gradient, decrease = projection_case(seed, 0.95)
+        fall = (gradient * (origin - projected(origin, gradient, decrease))).sum()
+        assert 0.98 * decrease <= fall <= (1 + 1e-9) * decrease
+
+
+def test_projections_of_several_rows_are_those_of_each_alone():
+    generator = np.random.default_rng(0)
+    origin, gradient = generator.random((5, 2, 3, 4)), generator.normal(size=(5, 2, 3, 4))
+    decrease = generator.random(5)
+    together = project(torch.tensor(origin), torch.tensor(gradient), torch.tensor(decrease)).numpy()
+    for row in range(5):
+        np.testing.assert_allclose(together[row], nearest_in_box(origin[row], gradient[row], decrease[row]), atol=1e-9)
+
+
+@pytest.mark.parametrize("quantise", [False, True])
+def test_newton_stays_near_the_box_constrained_optimum_where_bounds_are_active(quantise):
+    # Nearly black and white: every pixel can move far one way and hardly the other.
+    images = random_images(0, 32, dtype=torch.float64).round().clamp(0.02, 0.98)
+    model, base, target, weight, margin = linear_case(0, images)
+    result = newton(model, images, base, target, quantise=quantise)
+    converged = result.status == Status.CONVERGED
+    assert converged.float().mean() >= 0.9
+    clipped = 0
+    for row in converged.nonzero()[:, 0].tolist():
+        origin = images[row].numpy()
+        nearest = nearest_in_box(origin, weight[row].numpy(), float(margin[row]))
+        clipped += bool(((nearest == 0) | (nearest == 1)).any())
+        shortest = np.linalg.norm(nearest - origin)
+        # The ray ends where the overshoot of 10 % is projected, and its root may be a margin of the tolerance away.
+        slack = LARGEST_MARGIN / float(weight[row].norm())
+        assert shortest - slack <= float(result.distance[row]) <= 1.05 * shortest + slack
+    assert clipped >= 10
+
+
+# The rule of Heo et al. (2019), written out for one sample at a time
+
+
+def rule_of_heo2019(model, image, base, target, probabilities, eta=0.3, epsilon=1e-4, bound=2.5, steps=10):
+    """The final point in pixel space and the number of gradients."""
+    x = (image - model.mean) / model.std
+    for step in range(1, steps + 1):
+        x = x.detach().requires_grad_()
+        scores = model((x * model.std + model.mean)[None])[0]
+        if probabilities:
+            scores = torch.exp(scores) / torch.exp(scores).sum()
+        loss = scores[base] - scores[target]
+        (gradient,) = torch.autograd.grad(loss, x)
+        if int(scores.argmax()) != base:
+            return (x * model.std + model.mean).detach(), step
+        length = eta * (float(loss.detach()) + epsilon) / float(gradient.square().sum()) ** 0.5
+        x = torch.clamp(x - length * gradient, -bound, bound)
+    return (x * model.std + model.mean).detach(), steps
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_heo2019_is_the_rule_of_the_paper(probabilities, batch_size):
+    # With this deviation the box reaches to 3.3 in normalised space, so the clamp at 2.5 is at work.
+    model = tiny_resnet(1, std=0.15, dtype=torch.float64)
+    images = random_images(1, 24, dtype=torch.float64)
+    base, _ = top_two(model, images)
+    target = other_classes(base, 4, seed=1)
+    result = heo2019(
+        model,
+        images,
+        base,
+        target,
+        mean=model.mean,
+        std=model.std,
+        probabilities=probabilities,
+        batch_size=batch_size,
+    )
+    expected = [
+        rule_of_heo2019(model, *row, probabilities) for row in zip(images, base.tolist(), target.tolist(), strict=True)
+    ]
+    ends = torch.stack([end for end, _ in expected])
+    counts = [count for _, count in expected]
+    assert result.gradients.tolist() == counts
+    assert len(set(counts)) >= 3
+    # Only the rounding of the direction to int8 is between the two; its scale is the largest change of a pixel / 127.
+    perturbation = ends - images
+    torch.testing.assert_close(result.scale, perturbation.abs().amax((1, 2, 3)) / 127, rtol=1e-9, atol=0)
+    assert (result.perturbation - perturbation).abs().sub(HALF_LEVEL * per_image(result.scale)).amax() <= 1e-9
+    assert torch.equal(result.direction, result.direction.round())
+
+
+def test_heo2019_in_float32_follows_the_same_path():
+    model = tiny_resnet(2, std=0.15, dtype=torch.float64)
+    images = random_images(2, 24)
+    base, _ = top_two(model, images.double())
+    target = other_classes(base, 4, seed=2)
+    expected = [
+        rule_of_heo2019(model, *row, probabilities=False)
+        for row in zip(images.double(), base.tolist(), target.tolist(), strict=True)
+    ]
+    single = tiny_resnet(2, std=0.15)
+    result = heo2019(single, images, base, target, mean=single.mean, std=single.std)
+    assert result.gradients.tolist() == [count for _, count in expected]
+    difference = images + result.perturbation - torch.stack([end for end, _ in expected])
+    assert (difference.abs() - HALF_LEVEL * per_image(result.scale)).amax() <= 1e-5
+
+
+def test_heo2019_takes_the_bound_and_the_step_size_that_it_is_given():
+    model = tiny_resnet(1, std=0.15, dtype=torch.float64)
+    images = random_images(3, 8, dtype=torch.float64)
+    base, target = top_two(model, images)
+    result = heo2019(model, images, base, target, mean=model.mean, std=model.std, step_size=0.05, bound=1.5, steps=4)
+    for row in range(8):
+        end, count = rule_of_heo2019(
+            model, images[row], int(base[row]), int(target[row]), False, eta=0.05, bound=1.5, steps=4
+        )
+        assert int(result.gradients[row]) == count
+        difference = images[row] + result.perturbation[row] - end
+        assert difference.abs().amax() <= HALF_LEVEL * result.scale[row] + 1e-9
+
+
+# Properties on small random networks
+
+
+NETWORKS = {dtype: [tiny_resnet(seed, dtype=dtype) for seed in range(3)] for dtype in (torch.float32, torch.float64)}
+
+
+@st.composite
+def searches(draw, dtype=torch.float32):
+    """A network with images and classes: (model, images, base, target)."""
+    model = NETWORKS[dtype][draw(st.integers(0, 2))]
+    seed = draw(st.integers(0, 2**31 - 1))
+    rows = draw(st.integers(1, 12))
+    images = random_images(seed, rows, dtype=dtype)
+    kind = draw(st.sampled_from(["uniform", "black or white", "dark", "flat"]))
+    if kind == "black or white":
+        images = images.round()
+    elif kind == "dark":
+        images = images**6
+    elif kind == "flat":
+        images = images[:, :, :1, :1].expand_as(images).contiguous()
+    base, _ = top_two(model, images)
+    return model, images, base, other_classes(base, 4, seed)
+
+
+seeded = settings(max_examples=20, deadline=None, derandomize=True)
+
+
+@seeded
+@given(searches(), st.sampled_from([1, 2, 3, 20]), st.booleans())
+def test_samples_stay_inside_the_box_and_the_budget(case, max_gradients, quantise):
+    model, images, base, target = case
+    result = newton(model, images, base, target, max_gradients=max_gradients, quantise=quantise)
+    samples = images.double() + result.direction.double() * per_image(result.scale).double()
+    # 1e-6: a sample is a float32 sum, and so is the scale up to which it was allowed to go.
+    slack = (HALF_LEVEL if quantise else 0) * per_image(result.scale).double() + 1e-6
+    assert (samples >= -slack).all()
+    assert (samples <= 1 + slack).all()
+    assert (result.scale >= 0).all()
+    assert ((result.gradients >= 1) & (result.gradients <= max_gradients)).all()
+    if quantise:
+        assert torch.equal(result.direction, result.direction.round())
+        assert result.direction.abs().amax() <= 127
+
+
+@seeded
+@given(searches(), st.sampled_from([0.005, 0.02, 0.1]))
+def test_converged_samples_are_on_the_boundary_of_the_two_top_classes(case, tolerance):
+    model, images, base, target = case
+    result = newton(model, images, base, target, tolerance=tolerance)
+    stored = images.numpy() + result.direction.numpy().astype(np.int8) * result.scale.numpy()[:, None, None, None]
+    double = NETWORKS[torch.float64][NETWORKS[torch.float32].index(model)]
+    logits = double(torch.from_numpy(stored).double()).numpy()
+    np.testing.assert_allclose(result.logits.numpy(), logits, rtol=0, atol=1e-4)
+    rows = np.arange(len(images))
+    margin = logits[rows, base] - logits[rows, target]
+    np.testing.assert_allclose(result.margin.numpy(), margin, rtol=0, atol=1e-4)
+    distance = np.sqrt(((stored.astype(np.float64) - images.numpy()) ** 2).sum((1, 2, 3)))
+    np.testing.assert_allclose(result.distance.numpy(), distance, rtol=1e-4, atol=1e-6)
+    # The search aims at 0.8 of the tolerance, so rounding is not what decides whether a sample is on the boundary.
+    on_boundary = np.tanh(np.abs(margin) / 2) <= tolerance
+    top_two_classes = np.sort(np.argsort(logits, 1)[:, -2:], 1)
+    pair_on_top = (top_two_classes == np.sort(np.stack([base, target], 1), 1)).all(1)
+    expected = np.where(on_boundary, np.where(pair_on_top, Status.CONVERGED, Status.THIRD_CLASS), Status.NOT_CONVERGED)
+    ended = result.status.numpy() == Status.BAD_GRADIENT  # where all units of a network are off, it is flat
+    np.testing.assert_array_equal(result.status.numpy()[~ended], expected[~ended])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nearly_all_searches_on_random_networks_converge(seed):
+    model, images = NETWORKS[torch.float32][seed], random_images(seed, 200)
+    base, second = top_two(model, images)
+    to_second = newton(model, images, base, second)
+    assert (to_second.status == Status.CONVERGED).float().mean() >= 0.99
+    # Towards any class a third one may be between.
+    to_any = newton(model, images, base, other_classes(base, 4, seed))
+    assert (to_any.status == Status.CONVERGED).float().mean() >= 0.95
+    assert (to_any.status == Status.BAD_GRADIENT).sum() == 0
+
+
+@settings(seeded, max_examples=10)
+@given(searches(), st.integers(1, 4))
+def test_batch_size_does_not_matter(case, batch_size):
+    model, images, base, target = case
+    together = newton(model, images, base, target)
+    apart = newton(model, images, base, target, batch_size=batch_size)
+    assert torch.equal(apart.status, together.status)
+    # Passes over other batch sizes round differently, by which a pixel of the direction may fall to the next level.
+    torch.testing.assert_close(apart.scale, together.scale, rtol=5e-3, atol=1e-7)
+
+
+@settings(seeded, max_examples=10)
+@given(searches(torch.float64), st.integers(1, 12), st.integers(0, 2**31 - 1))
+def test_rows_do_not_influence_each_other(case, batch_size, seed):
+    # In float64, where rounding cannot carry a search over to another branch.
+    model, images, base, target = case
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    whole = newton(model, images, base, target)
+    permuted = newton(model, images[order], base[order], target[order], batch_size=batch_size)
+    for name in ("status", "gradients", "forwards", "direction"):
+        assert torch.equal(getattr(permuted, name), getattr(whole, name)[order]), name
+    for name in ("scale", "logits", "margin", "distance"):
+        torch.testing.assert_close(getattr(permuted, name), getattr(whole, name)[order], rtol=1e-9, atol=1e-9)
+
+
+@seeded
+@given(searches())
+def test_the_margin_changes_sign_on_the_way_through_a_converged_sample(case):
+    model, images, base, target = case
+    result = newton(model, images, base, target)
+    found = result.status == Status.CONVERGED
+    assert (margin_of(model(images), base, target)[found] > 0).all()
+    beyond = images + result.direction * per_image(1.1 * result.scale)
+    before = images + result.direction * per_image(0.9 * result.scale)
+    assert (margin_of(model(beyond), base, target)[found] <= LARGEST_MARGIN).all()
+    assert (margin_of(model(before), base, target)[found] >= -LARGEST_MARGIN).all()
+
+
+@seeded
+@given(searches())
+def test_heo2019_counts_and_judges_as_promised(case):
+    model, images, base, target = case
+    result = heo2019(model, images, base, target, mean=model.mean, std=model.std)
+    assert ((result.gradients >= 1) & (result.gradients <= 10)).all()
+    logits = model(images + result.direction * per_image(result.scale))
+    torch.testing.assert_close(result.logits, logits)
+    ended = result.status == Status.BAD_GRADIENT
+    assert torch.equal(result.status[~ended], judge(result.logits, base, target, TOLERANCE)[~ended])
+
+
+def test_recorded_logits_come_from_the_reference():
+    model = tiny_resnet(0)
+    other = tiny_resnet(0, gain=4.4)
+    images = random_images(0, 8)
+    base, target = top_two(model, images)
+    result = newton(model, images, base, target, reference=other)
+    torch.testing.assert_close(result.logits, other(images + result.perturbation))
+    torch.testing.assert_close(result.margin, margin_of(result.logits, base, target))
+    assert torch.equal(result.status, judge(result.logits, base, target, TOLERANCE))
+
+
+# Degenerate inputs
+
+
+def search_by(name, logits_of, images, base, target, **options):
+    if name == "newton":
+        return newton(logits_of, images, base, target, **options)
+    center = torch.zeros(images.shape[1], 1, 1, dtype=images.dtype)
+    return heo2019(logits_of, images, base, target, mean=center + 0.5, std=center + 0.25, **options)
+
+
+def with_special_row(model, special):
+    """Logits of a model, but of `special` where an image's first pixel is above 0.9."""
+
+    def logits_of(images):
+        logits = model(images).clone()
+        rows = images[:, 0, 0, 0] > 0.9
+        if rows.any():
+            logits[rows] = special(images[rows], logits[rows])
+        return logits
+
+    return logits_of
+
+
+def flat_logits(images, logits):
+    return torch.tensor([3.0, 1.0, 0.0, -1.0], dtype=images.dtype) + 0 * images.sum((1, 2, 3))[:, None]
+
+
+def nan_gradient(images, logits):
+    """Finite logits, but the gradient of the square root at zero times zero."""
+    return flat_logits(images, logits) + (0 * images).sum((1, 2, 3))[:, None].sqrt()
+
+
+def infinite_gradient(images, logits):
+    """Finite logits [3, 1, 0, -1], of which the first rises with infinite slope."""
+    rising = (images - images.detach()).clamp(min=0).sum((1, 2, 3)).sqrt()
+    return flat_logits(images, logits) + torch.stack([rising, 0 * rising, 0 * rising, 0 * rising], 1)
+
+
+@pytest.mark.parametrize("search", ["newton", "heo2019"])
+@pytest.mark.parametrize("special", [flat_logits, nan_gradient, infinite_gradient])
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_a_row_without_a_usable_gradient_ends_alone(search, special, batch_size):
+    model = tiny_resnet(0, dtype=torch.float64)
+    images = random_images(4, 9, dtype=torch.float64)
+    images[:, 0, 0, 0] = 0.5
+    images[4, 0, 0, 0] = 1.0
+    base, target = top_two(model, images)
+    base[4], target[4] = 0, 1
+    result = search_by(search, with_special_row(model, special), images, base, target, batch_size=batch_size)
+    assert result.status[4] == Status.BAD_GRADIENT
+    assert result.gradients[4] == 1
+    assert (result.perturbation[4] == 0).all()
+    others = torch.arange(9) != 4
+    clean = search_by(search, model, images[others], base[others], target[others])
+    assert (clean.status != Status.BAD_GRADIENT).all()
+    for name, value in clean._asdict().items():
+        torch.testing.assert_close(getattr(result, name)[others], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_nan_logits_end_their_row_alone():
+    model = tiny_resnet(0, dtype=torch.float64)
+    images = random_images(4, 5, dtype=torch.float64)
+    images[:, 0, 0, 0] = 0.5
+    images[2, 0, 0, 0] = 1.0
+    base, target = top_two(model, images)
+    result = newton(with_special_row(model, lambda x, logits: logits * torch.nan), images, base, target)
+    assert result.status[2] == Status.BAD_GRADIENT
+    others = torch.arange(5) != 2
+    clean = newton(model, images[others], base[others], target[others])
+    assert torch.equal(result.status[others], clean.status)
+    torch.testing.assert_close(result.perturbation[others], clean.perturbation, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("search", ["newton", "heo2019"])
+def test_constant_network(search):
+    images = random_images(0, 3)
+    base, target = torch.tensor([0, 0, 0]), torch.tensor([1, 2, 3])
+    model = linear_classifier(torch.zeros(4, 1, 8, 8), torch.tensor([2.0, 1.0, 0.0, 0.0]))
+    result = search_by(search, model, images, base, target)
+    assert (result.status == Status.BAD_GRADIENT).all()
+    assert (result.perturbation == 0).all()
+    assert (result.distance == 0).all()
+
+
+def test_a_tie_at_the_start_is_no_base_sample():
+    weight = torch.zeros(3, 1, 2, 2)
+    weight[0, 0, 0, 0], weight[1, 0, 0, 1] = 1.0, 1.0
+    model = linear_classifier(weight, torch.zeros(3))
+    images = torch.full((2, 1, 2, 2), 0.5)
+    result = newton(model, images, torch.tensor([0, 1]), torch.tensor([1, 0]))
+    assert (result.status == Status.BASE_MISCLASSIFIED).all()
+    assert (result.perturbation == 0).all()
+
+
+@pytest.mark.parametrize("search", ["newton", "heo2019"])
+def test_images_that_the_network_takes_for_the_target_are_no_base_samples(search):
+    model = tiny_resnet(0)
+    images = random_images(0, 8)
+    top, second = top_two(model, images)
+    base, target = top.clone(), second.clone()
+    base[::2], target[::2] = second[::2], top[::2]
+    result = search_by(search, model, images, base, target)
+    assert (result.status[::2] == Status.BASE_MISCLASSIFIED).all()
+    assert (result.status[1::2] != Status.BASE_MISCLASSIFIED).all()
+    assert (result.perturbation[::2] == 0).all()
+    assert (result.gradients[::2] == 1).all()
+
+
+def three_class_case(third_weight):
+    """Two classes whose boundary is where the first pixel is 0.5, and a third on top there by half a logit."""
+    weight = torch.zeros(3, 1, 2, 2)
+    weight[0, 0, 0, 0], weight[1, 0, 0, 0] = 5.0, -5.0
+    weight[2] = third_weight
+    model = linear_classifier(weight, torch.tensor([-2.5, 2.5, 0.5]) - 0.5 * weight[2].sum() * torch.tensor([0, 0, 1]))
+    images = torch.full((1, 1, 2, 2), 0.5)
+    images[0, 0, 0, 0] = 0.9
+    assert model(images).argmax(1) == 0
+    return model, images, torch.tensor([0]), torch.tensor([1])
+
+
+def test_a_third_class_that_nothing_moves_has_its_own_status():
+    model, images, base, target = three_class_case(torch.zeros(1, 2, 2))
+    result = newton(model, images, base, target)
+    assert result.status[0] == Status.THIRD_CLASS
+    assert probability_margin(result.margin)[0] <= TOLERANCE
+    assert result.gradients[0] <= 20
+
+
+def test_a_third_class_that_other_pixels_move_is_sidestepped():
+    model, images, base, target = three_class_case(torch.tensor([[[0.0, 0.0], [0.0, 4.0]]]))
+    result = newton(model, images, base, target)
+    assert result.status[0] == Status.CONVERGED
+    assert result.logits.argmin(1) == 2
+    sample = (images + result.perturbation)[0, 0]
+    assert sample[1, 1] < 0.5  # the pixel that the third class lives on
+    assert sample[0, 1] == 0.5
+
+
+@pytest.mark.parametrize("search", ["newton", "heo2019"])
+def test_no_rows_give_an_empty_result(search):
+    none = torch.zeros(0, dtype=torch.int64)
+    result = search_by(search, tiny_resnet(0), torch.zeros(0, 1, 8, 8), none, none)
+    assert result.direction.shape == (0, 1, 8, 8)
+    assert result.logits.shape == (0, 4)
+    assert all(len(value) == 0 for value in result)
+
+
+@pytest.mark.parametrize("search", ["newton", "heo2019"])
+@pytest.mark.parametrize(
+    ("shape", "base", "target", "message"),
+    [
+        ((2, 8, 8), [0, 0], [1, 1], r"expected images \(R, C, H, W\).*got \(2, 8, 8\)"),
+        ((2, 1, 8, 8), [0], [1, 1], r"base \(R,\).*\(1,\)"),
+        ((2, 1, 8, 8), [0, 0], [[1], [1]], r"target \(R,\).*\(2, 1\)"),
+        ((2, 1, 8, 8), [0, 3], [1, 3], r"base and target class are the same in row 1"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(search, shape, base, target, message):
+    with pytest.raises(ValueError, match=message):
+        search_by(search, tiny_resnet(0), torch.zeros(shape), torch.tensor(base), torch.tensor(target))
+
+
+@pytest.mark.parametrize("search", ["newton", "heo2019"])
+@pytest.mark.parametrize("value", [-0.25, 1.5])
+def test_images_out_of_range_are_refused(search, value):
+    images = torch.full((2, 1, 8, 8), 0.5)
+    images[1, 0, 3, 3] = value
+    with pytest.raises(ValueError, match=rf"images must be in \[0, 1\].*{value}"):
+        search_by(search, tiny_resnet(0), images, torch.tensor([0, 0]), torch.tensor([1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("logits", "status"),
+    [
+        ([1.0, 1.0, 0.0], Status.CONVERGED),
+        ([1.0, 1.039, 0.0], Status.CONVERGED),
+        ([1.0, 1.041, 0.0], Status.NOT_CONVERGED),
+        ([1.041, 1.0, 0.0], Status.NOT_CONVERGED),
+        ([1.0, 1.0, 2.0], Status.THIRD_CLASS),
+        ([1.0, 1.02, 1.01], Status.THIRD_CLASS),  # between the two
+        ([1.0, 1.0, 1.0], Status.THIRD_CLASS),  # a tie
+        ([1.0, 1.02, 1.0], Status.THIRD_CLASS),
+        ([3.0, 0.0, 5.0], Status.NOT_CONVERGED),  # what is off the boundary is so whatever the third class
+        ([-1000.0, -1000.0, -1001.0], Status.CONVERGED),
+        ([1.0, 1.0, -math.inf], Status.CONVERGED),
+        ([math.nan, 1.0, 0.0], Status.NOT_CONVERGED),
+        ([1.0, math.nan, 0.0], Status.NOT_CONVERGED),
+        ([math.nan, math.nan, math.nan], Status.NOT_CONVERGED),
+        ([math.inf, math.inf, 0.0], Status.NOT_CONVERGED),
+    ],
+)
+def test_judge_on_hand_made_logits(logits, status):
+    rows = torch.tensor([[0.0, 5.0, 5.0], logits])  # the neighbour has other classes
+    assert judge(rows, torch.tensor([1, 0]), torch.tensor([2, 1]), TOLERANCE).tolist() == [Status.CONVERGED, status]
+
+
+def test_judge_with_two_classes_knows_no_third():
+    logits = torch.tensor([[1.0, 1.0], [1.0, 3.0]])
+    status = judge(logits, torch.tensor([0, 0]), torch.tensor([1, 1]), TOLERANCE)
+    assert status.tolist() == [Status.CONVERGED, Status.NOT_CONVERGED]
+    assert status.dtype == torch.uint8
+
+
+# The authors' teacher on real images
+
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / os.environ.get("BOUNDARY_DATA", "../shared/data")
+IMAGES, WEIGHTS = DATA / "cifar10-jpeg.tar.gz", DATA / "heo2019-resnet26-cifar10.safetensors"
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+def real_images(per_class, seed):
+    """Training images (N, 3, 32, 32) uint8 and labels, chosen by name; read from the archive as a stream."""
+    from PIL import Image  # imported here: the project does not need it
+
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    generator = np.random.default_rng(seed)
+    wanted = {
+        f"train/{name}/{number:04d}.jpg": label
+        for label, name in enumerate(names)
+        for number in generator.choice(5000, per_class, replace=False)
+    }
+    found = {}
+    with tarfile.open(IMAGES, "r|gz") as archive:
+        for member in archive:
+            if member.name in wanted:
+                image = Image.open(io.BytesIO(archive.extractfile(member).read()))
+                found[member.name] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    assert found.keys() == wanted.keys()
+    return np.stack([found[name] for name in sorted(found)]), np.array([wanted[name] for name in sorted(found)])
+
+
+@pytest.mark.real
+def test_newton_on_the_authors_teacher_and_real_images():
+    pytest.importorskip("PIL", reason="Pillow is needed to decode the images")
+    for path in (IMAGES, WEIGHTS):
+        if not path.is_file():
+            pytest.skip(f"{path} is absent (BOUNDARY_DATA names its folder)")
+    pixels, labels = real_images(per_class=120, seed=0)
+    teacher = load_weights(WEIGHTS, Architecture("resnet26", 10, (3, 32, 32), MEAN, STD)).eval().requires_grad_(False)
+    images, base = torch.from_numpy(pixels).float() / 255, torch.from_numpy(labels)
+    logits = torch.cat([teacher(part) for part in images.split(250)])
+    right = logits.argmax(1) == base
+    images, base, logits = images[right], base[right], logits[right]
+    assert len(images) >= 1024
+    noise = np.random.default_rng(1).random(logits.shape)
+    target = torch.from_numpy(draw_targets(logits.numpy(), base.numpy(), noise, 1)[:, 0])
+
+    result = newton(folded(teacher), images, base, target, reference=teacher)
+
+    share = torch.bincount(result.status.long(), minlength=len(Status)) / len(images)
+    assert share[Status.CONVERGED] >= 0.96
+    assert share[Status.THIRD_CLASS] <= 0.035
+    assert 1 - share[Status.CONVERGED] - share[Status.THIRD_CLASS] <= 0.005
+    samples = images + result.direction * per_image(result.scale)
+    slack = HALF_LEVEL * per_image(result.scale) + 1e-6
+    assert ((samples >= -slack) & (samples <= 1 + slack)).all()
+    assert (result.perturbation / teacher.std).square().sum((1, 2, 3)).sqrt().median() <= 0.37
+    assert probability_margin(result.margin).median() <= 0.01
+
+
+# Rare inputs, each of which was once answered wrongly
+
+
+def test_a_base_that_loses_to_a_third_class_is_misclassified():
+    model = random_linear_classifier(0, dtype=torch.float32)
+    images = random_images(0, 16, low=0.4, high=0.6)
+    order = model(images).argsort(1, descending=True)
+    result = newton(model, images, order[:, 1], order[:, 2])
+    assert (result.status == Status.BASE_MISCLASSIFIED).all()
+    assert (result.scale == 0).all()
+
+
+def test_judge_does_not_accept_nan_for_a_third_class():
+    logits = torch.tensor([[0.0, 0.0, float("nan")]])
+    assert judge(logits, torch.tensor([0]), torch.tensor([1]), TOLERANCE).item() == Status.THIRD_CLASS
+
+
+def test_projection_returns_the_corner_when_the_box_allows_no_such_fall():
+    gradient = random_images(1, 64, low=-1, high=1, dtype=torch.float64)
+    origin = random_images(2, 64, dtype=torch.float64)
+    corner = torch.where(gradient > 0, 0.0, 1.0)
+    largest = (gradient * (origin - corner)).sum((1, 2, 3))
+    for factor in (1 + 1e-9, 1.5, 100.0):
+        assert torch.equal(project(origin, gradient, factor * largest), corner)
+
+
+@pytest.mark.parametrize("size", [1e-22, 1e-38, 1e30])
+def test_extreme_gradients_leave_nothing_that_is_not_finite(size):
+    weight = size * torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    model = linear_classifier(weight, torch.tensor([1.0, 0.0, -1.0]) * min(1.0, size))
+    images = random_images(0, 8, (1, 4, 4))
+    images[:, :, 0] = 0
+    base, target = top_two(model, images)
+    result = newton(model, images, base, target)
+    assert torch.isfinite(result.direction).all()
+    assert torch.isfinite(result.scale).all()
+
+
+def test_images_with_nan_are_refused_also_beside_others():
+    images = random_images(0, 2)
+    images[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"images must be in \[0, 1\]"):
+        newton(random_linear_classifier(0, dtype=torch.float32), images, torch.tensor([0, 1]), torch.tensor([1, 0]))
+
+
+@pytest.mark.parametrize("base", [0, 1])
+def test_heo2019_gives_a_network_of_nan_a_bad_gradient(base):
+    def not_a_number(x):
+        return x.flatten(1)[:, :2] * float("nan")
+
+    mean, std = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
+    images = random_images(0, 3)
+    result = heo2019(not_a_number, images, torch.full((3,), base), torch.full((3,), 1 - base), mean=mean, std=std)
+    assert (result.status == Status.BAD_GRADIENT).all()
+    assert torch.isfinite(result.scale).all()

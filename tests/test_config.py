@@ -1,0 +1,199 @@
+"""Parameters: what is refused, and in which words."""
+
+import math
+
+import pytest
+
+from pipeline.config import check_params, load_params
+from pipeline.errors import ParameterError
+from tests.files import ROOT, tiny_values, write_params
+
+
+def refusal(changes):
+    with pytest.raises(ParameterError) as caught:
+        check_params(tiny_values(changes), "params.yaml")
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_committed_parameters_are_valid():
+    params = load_params(ROOT / "params.yaml")
+    assert params.dataset.name == "digits"
+    assert set(params.methods) <= set(params.method)
+
+
+def test_parameters_cannot_be_changed_once_they_are_read():
+    params = load_params(ROOT / "params.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        params.attack.views = 3
+
+
+UNKNOWN = [
+    ("viewz", "known here: attack, dataset"),
+    ("attack.viewz", "views"),
+    ("teacher.training.epoch", "epochs"),
+    ("method.bss.sauce", "algorithm, source"),
+]
+
+
+@pytest.mark.parametrize(("key", "known"), UNKNOWN)
+def test_unknown_keys_are_named_with_those_that_are_known(key, known):
+    message = refusal({key: 1})
+    assert f"{key}: unknown parameter" in message
+    assert known in message
+
+
+@pytest.mark.parametrize("key", ["attack", "attack.views", "teacher.training.epochs", "method.bss.source", "seeds"])
+def test_missing_keys_are_named(key):
+    assert f"{key}: missing" in refusal({key: ...})
+
+
+# Key, value, what the message must say beside the key and the value.
+BAD = [
+    ("attack.views", "8", "valid integer"),
+    ("attack.views", 8.0, "valid integer"),
+    ("attack.views", True, "valid integer"),
+    ("attack.views", None, "valid integer"),
+    ("attack.embed_images", 1, "valid boolean"),
+    ("training.learning_rate", "0.1", "valid number"),
+    ("training.learning_rate", True, "valid number"),
+    ("teacher.weights", 3, "valid string"),
+    ("teacher", 3, "valid dictionary"),
+    ("students", "resnet8w2", "valid list"),
+    ("method.bss", "bss", "valid dictionary"),
+    ("attack.views", 0, "greater than or equal to 1"),
+    ("attack.views", -1, "greater than or equal to 1"),
+    ("attack.targets", 0, "greater than or equal to 1"),
+    ("attack.tolerance", 2, "less than or equal to 1"),
+    ("attack.tolerance", 0, "greater than 0"),
+    ("attack.max_gradients", 1001, "less than or equal to 1000"),
+    ("attack.seed", -1, "greater than or equal to 0"),
+    ("attack.search", "fgsm", "'newton' or 'heo2019'"),
+    ("attack.compression", "zip", "'none', 'lzf' or 'gzip'"),
+    ("dataset.name", "mnist", "'digits'"),
+    ("dataset.test_fraction", 0, "greater than 0"),
+    ("dataset.test_fraction", 1, "less than 1"),
+    ("dataset.validation_fraction", 0.0, "greater than 0"),
+    ("dataset.validation_fraction", 1.0, "less than 1"),
+    ("training.epochs", 0, "greater than or equal to 1"),
+    ("training.learning_rate", 0, "greater than 0"),
+    ("training.learning_rate", math.inf, "finite"),
+    ("training.learning_rate", math.nan, "finite"),
+    ("training.momentum", 1, "less than 1"),
+    ("training.divisor", 0.5, "greater than or equal to 1"),
+    ("training.divisor", math.inf, "finite"),
+    ("training.precision", "16", "'32-true' or 'bf16-mixed'"),
+    ("distillation.temperature", 0, "greater than 0"),
+    ("distillation.boundary_start", -1, "greater than or equal to 0"),
+    ("distillation.boundary_fraction", 1.5, "less than or equal to 1"),
+    ("runtime.device", "tpu", "'auto', 'cpu' or 'cuda'"),
+    ("runtime.threads", 0, "greater than or equal to 1"),
+    ("seeds", 0, "greater than or equal to 1"),
+    ("teacher.network", "resnet9", "resnet<6n+2>"),
+    ("teacher.network", "resnet8w0", "resnet<6n+2>"),
+    ("method.bss.algorithm", "fitnet", "'original', 'hinton' or 'bss'"),
+    ("method.bss.source", "disk", "'fresh', 'shards' or 'online'"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), BAD)
+def test_a_bad_value_is_named_with_what_was_expected_and_what_came(key, value, expected):
+    message = refusal({key: value})
+    assert f"{key}: " in message
+    assert expected in message
+    assert f"(got {value!r})" in message
+
+
+def test_a_bad_item_of_a_list_is_named_by_its_position():
+    assert "training.milestones.1: Input should be less than 1 (got 1.5)" in refusal(
+        {"training.milestones": [0.5, 1.5]}
+    )
+    message = refusal({"students": ["resnet8w2", "vgg"]})
+    assert "students.1: " in message
+    assert "(got 'vgg')" in message
+
+
+@pytest.mark.parametrize("key", ["students", "methods"])
+def test_empty_lists_are_refused(key):
+    assert f"{key}: List should have at least 1 item" in refusal({key: []})
+
+
+def test_a_method_that_does_not_exist_is_refused_with_those_that_do():
+    message = refusal({"methods": ["original", "fitnet"]})
+    assert "'methods' names 'fitnet'" in message
+    assert "original, hinton, bss, hinton_online, bss_online" in message
+
+
+@pytest.mark.parametrize("key", ["students", "methods"])
+def test_names_that_come_twice_are_refused(key):
+    twice = {"students": ["resnet8w2", "resnet8w4", "resnet8w2"], "methods": ["bss", "hinton", "bss"]}[key]
+    assert f"'{key}' names something twice: {', '.join(twice)}" in refusal({key: twice})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "source"), [("original", "shards"), ("original", "online"), ("hinton", "fresh"), ("bss", "fresh")]
+)
+def test_an_algorithm_refuses_a_source_that_it_cannot_use(algorithm, source):
+    message = refusal({"method.mine": {"algorithm": algorithm, "source": source}})
+    assert "method.mine: 'original' takes source 'fresh', the other algorithms take 'shards' or 'online'" in message
+
+
+def test_several_mistakes_are_all_told_in_one_line():
+    message = refusal({"attack.views": 0, "training.epochs": "many"})
+    assert "attack.views: " in message
+    assert "training.epochs: " in message
+
+
+def load_text(tmp_path, content):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ParameterError) as caught:
+        load_params(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    return message
+
+
+NOT_YAML = [b"a: [1", b"a: 1\na: 2\n", b"\xff\xfe\x00\x00", b"a: !!python/object:os.system x\n", b"a: 1\n---\nb: 2\n"]
+
+
+@pytest.mark.parametrize(
+    "content", NOT_YAML, ids=["open list", "key twice", "binary", "python object", "two documents"]
+)
+def test_what_is_not_one_plain_yaml_document_is_refused(tmp_path, content):
+    assert "not valid YAML" in load_text(tmp_path, content)
+
+
+@pytest.mark.parametrize("content", [b"", b"- attack\n- views\n", b"attack\n"], ids=["empty", "list", "text"])
+def test_what_is_no_mapping_is_refused(tmp_path, content):
+    assert "should be a valid dictionary" in load_text(tmp_path, content)
+
+
+def test_what_came_instead_of_a_mapping_is_told(tmp_path):
+    assert len({load_text(tmp_path, content) for content in (b"", b"- attack\n", b"attack\n")}) == 3
+
+
+def test_a_missing_file_is_named(tmp_path):
+    path = tmp_path / "none.yaml"
+    with pytest.raises(ParameterError, match=f"^{path}: cannot be read: No such file or directory$"):
+        load_params(path)
+    with pytest.raises(ParameterError, match=f"^{tmp_path}: cannot be read: Is a directory$"):
+        load_params(tmp_path)
+
+
+def test_numbers_are_read_as_in_yaml_1_2(tmp_path):
+    path = tmp_path / "params.yaml"
+    write_params(path)
+    text = path.read_text()
+    assert text.count("weight_decay: 0.0001") == 2
+    path.write_text(text.replace("weight_decay: 0.0001", "weight_decay: 1e-4").replace("flip: false", "flip: no"))
+    with pytest.raises(ParameterError, match=r"dataset.flip: .*\(got 'no'\)$"):
+        load_params(path)
+    path.write_text(text.replace("weight_decay: 0.0001", "weight_decay: 1e-4"))
+    assert load_params(path).training.weight_decay == 0.0001
+
+
+def test_whole_numbers_are_taken_where_a_fraction_may_stand():
+    assert check_params(tiny_values({"distillation.temperature": 3}), "tiny").distillation.temperature == 3.0

@@ -1,0 +1,400 @@
+"""The fit loop: schedule, checkpoints, finished fits, and seeds side by side."""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load
+from torch.nn import functional as F
+
+from pipeline import training
+from pipeline.batches import FreshSource
+from pipeline.errors import DataError, TrainingError
+from pipeline.models import load_weights
+from pipeline.runtime import make_fabric
+from pipeline.shard_reader import BoundaryShards
+from pipeline.storage import Store
+from pipeline.student_run import Inputs, StudentRun
+from pipeline.teacher import architecture_for
+from pipeline.training import curve_csv, fit, learning_rate
+from tests.files import (
+    CPU,
+    ROOT,
+    flip_bit,
+    make_missing,
+    on_full_disk,
+    sample_dataset,
+    tiny_params,
+    tiny_splits,
+    truncate,
+)
+
+
+def schedule(epochs, milestones, divisor=10, rate=0.1):
+    parameters = tiny_params().training.model_copy(
+        update={"epochs": epochs, "milestones": milestones, "divisor": divisor, "learning_rate": rate}
+    )
+    return [learning_rate(parameters, epoch) for epoch in range(epochs)]
+
+
+SCHEDULES = [
+    (4, [], [0.1, 0.1, 0.1, 0.1]),
+    (4, [0.5], [0.1, 0.1, 0.01, 0.01]),
+    (4, [0.5, 0.75], [0.1, 0.1, 0.01, 0.001]),
+    (5, [0.5], [0.1, 0.1, 0.1, 0.01, 0.01]),
+    (3, [0.1, 0.2], [0.1, 0.001, 0.001]),
+    (1, [0.5], [0.1]),
+]
+
+
+@pytest.mark.parametrize(("epochs", "milestones", "expected"), SCHEDULES)
+def test_the_rate_is_divided_at_each_milestone(epochs, milestones, expected):
+    assert schedule(epochs, milestones) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "milestone", "last"), [(30, 0.5, 15), (100, 0.55, 55), (100, 0.07, 7), (10, 0.3, 3)]
+)
+def test_a_milestone_that_falls_on_an_epoch_counts_from_that_epoch(epochs, milestone, last):
+    rates = schedule(epochs, [milestone])
+    assert rates[:last] == [0.1] * last
+    assert rates[last:] == pytest.approx([0.01] * (epochs - last))
+
+
+class Recorded:
+    """The batches of fresh views, and which epochs were asked for; `before(epoch)` is called first."""
+
+    def __init__(self, before=lambda epoch: None, change=lambda batch, epoch, step: batch, batch_size=16):
+        self.inner = FreshSource(tiny_splits()["train"], 1, False, seed=0, batch_size=batch_size, device=CPU)
+        self.rows, self.before, self.change, self.epochs = self.inner.rows, before, change, []
+
+    def epoch(self, epoch):
+        self.epochs.append(epoch)
+        self.before(epoch)
+        for step, batch in enumerate(self.inner.epoch(epoch)):
+            yield self.change(batch, epoch, step)
+
+
+def cross_entropy(model, batch, progress):
+    return F.cross_entropy(model(batch.images), batch.labels)
+
+
+def fit_tiny(store, source=None, key="key", seed=0, validation=False, **changes):
+    defaults = {"training.epochs": 6, "training.learning_rate": 0.1}
+    params = tiny_params({**defaults, **{f"training.{name}": value for name, value in changes.items()}})
+    splits = tiny_splits()
+    return fit(
+        make_fabric(params.runtime, "32-true"),
+        Store(store),
+        key,
+        architecture_for("resnet8w2", splits["train"]),
+        (lambda: source) if isinstance(source, Recorded) else source or Recorded,
+        cross_entropy,
+        params.training,
+        seed,
+        splits["validation"] if validation else None,
+        "tiny",
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A fit that nothing happened to."""
+    result = fit_tiny(tmp_path_factory.mktemp("undisturbed"), validation=True)
+    return result.weights.read_bytes(), result.curve
+
+
+@pytest.fixture
+def every_epoch(monkeypatch):
+    """A checkpoint after every epoch."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)
+
+
+def same_state(weights, expected):
+    """Bit-identical tensors; the order of a file's metadata is not of interest here."""
+    state, other = load(weights), load(expected)
+    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+
+
+def test_a_fit_learns_and_records_its_curve(undisturbed):
+    _, curve = undisturbed
+    assert [row["epoch"] for row in curve] == [1, 2, 3, 4, 5, 6]
+    assert [row["learning_rate"] for row in curve] == pytest.approx([0.1] * 3 + [0.01] * 2 + [0.001])
+    assert curve[-1]["loss"] < 0.7 * curve[0]["loss"]
+    assert all(row.keys() == {"epoch", "learning_rate", "loss", "validation_accuracy"} for row in curve)
+
+
+def test_the_curve_ends_with_the_accuracy_of_the_weights(undisturbed, tmp_path):
+    weights, curve = undisturbed
+    (tmp_path / "weights").write_bytes(weights)
+    validation = tiny_splits()["validation"]
+    logits = load_weights(tmp_path / "weights").eval()(torch.from_numpy(validation.images).float() / 255)
+    correct = logits.argmax(1).numpy() == validation.labels
+    assert curve[-1]["validation_accuracy"] == correct.mean()
+
+
+def test_a_fit_without_a_validation_split_is_the_same_fit(tmp_path, undisturbed):
+    result = fit_tiny(tmp_path)
+    assert same_state(result.weights.read_bytes(), undisturbed[0])
+    assert [row["loss"] for row in result.curve] == [row["loss"] for row in undisturbed[1]]
+    assert all("validation_accuracy" not in row for row in result.curve)
+
+
+def test_another_seed_is_another_fit(tmp_path, undisturbed):
+    assert not same_state(fit_tiny(tmp_path, seed=1).weights.read_bytes(), undisturbed[0])
+
+
+def refuse_to_make_a_source():
+    pytest.fail("a finished fit needs no batches")
+
+
+def test_a_finished_fit_is_reused(tmp_path):
+    first = fit_tiny(tmp_path, validation=True)
+    again = fit_tiny(tmp_path, refuse_to_make_a_source, validation=True)
+    assert (first.reused, again.reused) == (False, True)
+    assert again.weights == first.weights
+    assert again.curve == first.curve
+    assert sorted(path.name for path in (tmp_path / "key").iterdir()) == [
+        "curve.json",
+        "curve.json.sha256",
+        "weights.safetensors",
+        "weights.safetensors.sha256",
+    ]
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "curve.json"])
+def test_a_finished_fit_that_was_damaged_is_made_again(tmp_path, undisturbed, name):
+    fit_tiny(tmp_path)
+    flip_bit(tmp_path / "key" / name, 20)
+    result = fit_tiny(tmp_path)
+    assert not result.reused
+    assert same_state(result.weights.read_bytes(), undisturbed[0])
+
+
+def test_another_key_is_another_fit(tmp_path):
+    fit_tiny(tmp_path)
+    assert not fit_tiny(tmp_path, key="other").reused
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+
+import torch
+
+from pipeline import training
+from tests.test_training import Recorded, fit_tiny
+
+def before(epoch):
+    if epoch == 3:
+        print("three epochs done", flush=True)
+        time.sleep(600)
+
+training.CHECKPOINT_SECONDS = -1
+torch.set_num_threads(1)
+fit_tiny(Path(sys.argv[1]), Recorded(before), validation=True)
+"""
+
+
+def test_a_run_after_a_kill_goes_on_and_ends_as_if_nothing_had_happened(tmp_path, undisturbed):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "driver.py", tmp_path / "store"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == "three epochs done\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert [path.name for path in (tmp_path / "store/key").iterdir()] == ["checkpoint.pt"]
+    source = Recorded()
+    result = fit_tiny(tmp_path / "store", source, validation=True)
+    assert source.epochs == [3, 4, 5]
+    assert not result.reused
+    assert same_state(result.weights.read_bytes(), undisturbed[0])
+    assert result.curve == undisturbed[1]
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_at(epoch):
+    def before(current):
+        if current == epoch:
+            raise StoppedError
+
+    return before
+
+
+def stopped_fit(store):
+    """A fit that was stopped in its fourth epoch; returns its checkpoint."""
+    with pytest.raises(StoppedError):
+        fit_tiny(store, Recorded(stop_at(3)), validation=True)
+    return store / "key/checkpoint.pt"
+
+
+def resumed_epochs(store, undisturbed):
+    """Which epochs a second run trains; its result must be that of a run that nothing happened to."""
+    source = Recorded()
+    result = fit_tiny(store, source, validation=True)
+    assert same_state(result.weights.read_bytes(), undisturbed[0])
+    assert result.curve == undisturbed[1]
+    return source.epochs
+
+
+def test_a_stopped_run_resumes(tmp_path, undisturbed, every_epoch):
+    stopped_fit(tmp_path)
+    assert resumed_epochs(tmp_path, undisturbed) == [3, 4, 5]
+
+
+@pytest.mark.parametrize("damage", [truncate, lambda path: path.write_bytes(b"")], ids=["truncated", "empty"])
+def test_a_damaged_checkpoint_starts_over(tmp_path, undisturbed, every_epoch, damage):
+    damage(stopped_fit(tmp_path))
+    assert resumed_epochs(tmp_path, undisturbed) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_with_a_flipped_bit_starts_over(tmp_path, undisturbed, every_epoch):
+    checkpoint = stopped_fit(tmp_path)
+    weight = torch.load(checkpoint, weights_only=True)["model"]["network.linear.weight"]
+    flip_bit(checkpoint, checkpoint.read_bytes().index(weight.numpy().tobytes()) + 3)  # an exponent's bit
+    assert resumed_epochs(tmp_path, undisturbed) == [0, 1, 2, 3, 4, 5]
+
+
+def test_without_a_checkpoint_in_time_a_stopped_run_starts_over(tmp_path, undisturbed):
+    with pytest.raises(StoppedError):
+        fit_tiny(tmp_path, Recorded(stop_at(3)))
+    assert not (tmp_path / "key/checkpoint.pt").exists()
+    assert resumed_epochs(tmp_path, undisturbed) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_stops_training_with_a_clear_error(tmp_path, every_epoch):
+    outcome = on_full_disk(lambda: fit_tiny(tmp_path), limit=5000)
+    assert type(outcome).__name__ == "StoreError", repr(outcome)
+    assert str(tmp_path / "key/checkpoint.pt") in str(outcome)
+
+
+def with_nan(batch, epoch, step):
+    return dataclasses.replace(batch, images=batch.images * torch.nan) if (epoch, step) == (2, 1) else batch
+
+
+def test_a_loss_that_is_not_finite_stops_with_epoch_and_step_and_keeps_the_last_checkpoint(tmp_path, every_epoch):
+    with pytest.raises(TrainingError) as caught:
+        fit_tiny(tmp_path, Recorded(change=with_nan))
+    assert re.search(r"the loss is nan in epoch 3, step 2: try a lower learning rate", str(caught.value))
+    checkpoint = tmp_path / "key/checkpoint.pt"
+    assert str(checkpoint) in str(caught.value)
+    state = torch.load(checkpoint, weights_only=True)
+    assert len(state["curve"]) == 2
+    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
+    assert [path.name for path in (tmp_path / "key").iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_learning_rate_that_is_far_too_high_is_an_error(tmp_path):
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in epoch \d+, step \d+"):
+        fit_tiny(tmp_path, learning_rate=1e30)
+    assert not list(tmp_path.rglob("weights.safetensors*"))
+
+
+def test_weights_that_end_up_not_finite_are_an_error(tmp_path):
+    with pytest.raises(TrainingError):
+        fit_tiny(tmp_path, Recorded(batch_size=64), epochs=1, learning_rate=3e38)
+    assert not list(tmp_path.rglob("weights.safetensors*"))
+
+
+def test_curves_are_csv_with_whole_epochs():
+    curves = [
+        ({"seed": 0}, [{"epoch": 1.0, "loss": 0.5}, {"epoch": 2.0, "loss": 0.25}]),
+        ({"seed": 1}, [{"epoch": 1.0, "loss": 1.0}]),
+    ]
+    assert curve_csv(curves) == "seed,epoch,loss\n0,1,0.5\n0,2,0.25\n1,1,1.0\n"
+    assert curve_csv([]) == "epoch,loss\n"
+
+
+@pytest.fixture(scope="module")
+def sample_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("samples")
+    dataset = sample_dataset(directory, tiny_splits()["train"])
+    make_missing(dataset, directory)
+    dataset.publish(directory / "bss")
+    return directory
+
+
+def student_run(directory, samples, method="bss", changes=None, **inputs):
+    """Fits of resnet8w2 by a method, kept below a directory."""
+    params = tiny_params(changes)
+    splits = tiny_splits()
+    given = {"train": splits["train"], "validation": splits["validation"], "shards": None, "teacher": None}
+    if params.method[method].source == "shards":
+        given["shards"] = BoundaryShards(samples / "bss")
+    if params.method[method].source == "online":
+        given["teacher"] = samples / "teacher.safetensors"
+    fabric = make_fabric(params.runtime, params.training.precision)
+    return StudentRun(params, "resnet8w2", method, Inputs(**(given | inputs)), fabric, Store(directory))
+
+
+@pytest.mark.parametrize("method", ["original", "bss"])
+def test_seeds_side_by_side_end_as_seeds_one_after_the_other(tmp_path, sample_directory, method):
+    beside = {"seeds": 3, "runtime.workers": 2, "runtime.threads": 2}
+    fits = student_run(tmp_path / "beside", sample_directory, method, beside).fit_all()
+    torch.set_num_threads(1)
+    alone = student_run(tmp_path / "alone", sample_directory, method, {"seeds": 3})
+    assert [result.reused for result in fits] == [False] * 3
+    for seed, result in enumerate(fits):
+        single = alone.fit(seed)
+        assert same_state(result.weights.read_bytes(), single.weights.read_bytes())
+        assert result.curve == single.curve
+    assert len({result.curve[-1]["loss"] for result in fits}) == 3
+
+
+def test_finished_seeds_are_found_whatever_the_number_of_workers(tmp_path, sample_directory):
+    two = {"runtime.workers": 2, "runtime.threads": 2}
+    student_run(tmp_path, sample_directory, "original", {"seeds": 1}).fit_all()
+    fits = student_run(tmp_path, sample_directory, "original", {"seeds": 2} | two).fit_all()
+    assert [result.reused for result in fits] == [True, False]
+
+
+def test_an_error_in_one_of_several_workers_is_the_runs_error(tmp_path, sample_directory):
+    changes = {"seeds": 2, "runtime.workers": 2, "runtime.threads": 2, "training.learning_rate": 1e30}
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in epoch \d+, step \d+"):
+        student_run(tmp_path, sample_directory, "original", changes).fit_all()
+
+
+KEYS = {
+    "original": (
+        {"dataset.padding": 2, "training.epochs": 3},
+        {"attack.tolerance": 0.1, "distillation.temperature": 4},
+    ),
+    "hinton": ({"distillation.temperature": 4}, {"distillation.boundary_start": 1, "dataset.padding": 2}),
+    "bss": ({"distillation.boundary_start": 1}, {"runtime.search_batch": 8, "attack.views": 9}),
+    "bss_online": ({"attack.tolerance": 0.1}, {"attack.views": 9, "attack.rows_per_shard": 7}),
+}
+
+
+@pytest.mark.parametrize("method", KEYS)
+def test_a_fits_fingerprint_holds_what_its_method_reads_and_nothing_else(tmp_path, sample_directory, method):
+    read, ignored = KEYS[method]
+    before = student_run(tmp_path, sample_directory, method).reads
+    for key, value in read.items():
+        assert student_run(tmp_path, sample_directory, method, {key: value}).reads != before, key
+    for key, value in ignored.items():
+        assert student_run(tmp_path, sample_directory, method, {key: value}).reads == before, key
+
+
+@pytest.mark.parametrize(
+    ("method", "missing", "expected"),
+    [
+        ("original", "train", "needs prepared training data"),
+        ("bss", "shards", "needs a sample dataset"),
+        ("bss_online", "teacher", "needs a teacher"),
+    ],
+)
+def test_a_missing_input_is_named(tmp_path, sample_directory, method, missing, expected):
+    with pytest.raises(DataError, match=f"resnet8w2-{method}: {expected}"):
+        student_run(tmp_path, sample_directory, method, **{missing: None})
