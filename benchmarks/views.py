@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import click
+import matplotlib as mpl
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from pipeline.attack import Search
@@ -20,10 +22,10 @@ from pipeline.models import load_weights
 from pipeline.prediction import accuracy
 from pipeline.runtime import make_fabric
 from pipeline.shard_reader import BoundaryShards
-from pipeline.storage import Store, write_atomically, write_json
+from pipeline.storage import Store, lock, write_atomically, write_json
 from pipeline.student_run import Inputs, StudentRun
-from pipeline.teacher import load_teacher
-from stages.cli import WORK, errors_in_one_line, params_option, path_option
+from pipeline.teacher import load_for
+from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
 
 VIEWS = (1, 2, 4, 8, 16)
 TEACHER = Path("models/teacher.safetensors")
@@ -44,7 +46,8 @@ def main(params_path: Path, draws: int, out: Path, figure: Path) -> None:
     Example: python -m benchmarks.views
     """
     params = load_params(params_path)
-    records = list(tqdm(_measure(params, draws), total=2 * (1 + draws * len(VIEWS)), desc="views", disable=None))
+    with lock(WORK / "shards.lock", say):
+        records = list(tqdm(_measure(params, draws), total=2 * (1 + draws * len(VIEWS)), desc="views", disable=None))
     write_json(out, records)
     rows = _summary(records)
     _draw(rows, figure)
@@ -78,7 +81,7 @@ def _published(params: Params, train: Prepared, draw: int, views: int, device: t
     dataset = SampleDataset(train, params.dataset, attack, TEACHER, Store(WORK / "shards"))
     missing = dataset.missing()
     if missing:
-        teacher = load_teacher(TEACHER, train)
+        teacher = load_for(TEACHER, train, "teacher")
         for _ in dataset.make(Search(teacher, attack, params.dataset, device, params.runtime.search_batch), missing):
             pass
     directory = WORK / "views" / f"draw-{draw}-views-{views}"
@@ -87,20 +90,27 @@ def _published(params: Params, train: Prepared, draw: int, views: int, device: t
 
 
 def _summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean over draws and seeds for each method and number of views, and the spread of each."""
+    """Mean over draws and seeds for each method and number of views, and the spread of each.
+
+    Draws share their seeds; the standard error adds the spread of the draws' means and that of the seeds' means, each
+    over its own number.
+    """
     rows = []
     for method, views in dict.fromkeys((record["method"], record["views"]) for record in records):
-        runs = [record["accuracy"] for record in records if (record["method"], record["views"]) == (method, views)]
-        means = [fmean(run) for run in runs]
+        runs = np.array([r["accuracy"] for r in records if (r["method"], r["views"]) == (method, views)])
+        draws, seeds = runs.shape
+        between_draws = runs.mean(1).std(ddof=1) if draws > 1 else 0.0
+        seed_effect = runs.mean(0).std(ddof=1) if seeds > 1 else 0.0
         rows.append(
             {
                 "method": method,
                 "views": views,
-                "mean": fmean(means),
-                "between_draws": stdev(means) if len(means) > 1 else None,
-                "between_seeds": fmean(stdev(run) for run in runs),
-                "draws": len(runs),
-                "seeds": len(runs[0]),
+                "mean": runs.mean(),
+                "between_draws": between_draws,
+                "between_seeds": runs.std(1, ddof=1).mean() if seeds > 1 else 0.0,
+                "standard_error": (between_draws**2 / draws + seed_effect**2 / seeds) ** 0.5,
+                "draws": draws,
+                "seeds": seeds,
             }
         )
     return rows
@@ -110,14 +120,15 @@ def _table(rows: list[dict[str, Any]], params: Params) -> str:
     lines = [
         f"Validation accuracy of {params.students[0]} on {params.dataset.name}, %.",
         "",
-        "| Method | Views | Mean | sd between draws | sd between seeds | draws x seeds |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| Method | Views | Mean | standard error | sd between draws | sd between seeds | draws x seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        between = "-" if row["between_draws"] is None else f"{row['between_draws'] * 100:.1f}"
+        between = "-" if row["draws"] == 1 else f"{row['between_draws'] * 100:.1f}"
         views = "online" if row["views"] is None else row["views"]
         lines.append(
-            f"| {row['method'].removesuffix('_online')} | {views} | {row['mean'] * 100:.1f} | {between} "
+            f"| {row['method'].removesuffix('_online')} | {views} | {row['mean'] * 100:.1f} "
+            f"| {row['standard_error'] * 100:.1f} | {between} "
             f"| {row['between_seeds'] * 100:.1f} | {row['draws']} x {row['seeds']} |"
         )
     return "\n".join(lines)
@@ -125,19 +136,12 @@ def _table(rows: list[dict[str, Any]], params: Params) -> str:
 
 def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against views, with the online runs as horizontal lines."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     mpl.rcParams["svg.hashsalt"] = "views"  # the same picture for the same figures
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     for method, colour, title in (("hinton", "#7f7f7f", "Hinton"), ("bss", "#c44e52", "Hinton + boundary samples")):
         shown = [row for row in rows if row["method"] == method]
-        runs = [row["draws"] * row["seeds"] for row in shown]
-        error = [
-            100 * ((row["between_draws"] or 0) ** 2 / row["draws"] + row["between_seeds"] ** 2 / n) ** 0.5
-            for row, n in zip(shown, runs, strict=True)
-        ]
+        error = [100 * row["standard_error"] for row in shown]
         means = [100 * row["mean"] for row in shown]
         axes.errorbar(
             [row["views"] for row in shown], means, error, color=colour, marker="o", capsize=3, label=f"{title}, shards"

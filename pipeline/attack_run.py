@@ -28,7 +28,7 @@ from pipeline.shard_writer import write_shard
 from pipeline.storage import Store, atomic_directory, copy_file, file_digest, write_atomically
 
 # The modules that decide what is in a shard: an edit to one of them makes stored shards invalid.
-CODE = ("pipeline.attack", "pipeline.shard_writer")
+CODE = ("pipeline.attack", "pipeline.runtime", "pipeline.shard_writer")
 
 
 class SampleDataset:

@@ -5,7 +5,6 @@ Anything unknown, of the wrong type or out of range is refused by name before an
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.errors import ParameterError
+from pipeline.networks import resnet_size
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -22,22 +22,6 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Names end up in DVC stage names, paths and keys.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
-
-
-RESNET_NAME = re.compile(r"resnet(\d+)(?:w(\d+))?")
-
-
-def resnet_size(name: str) -> tuple[int, int]:
-    """Depth and width of a network name: `resnet20` is (20, 16), `resnet8w4` is (8, 4).
-
-    Raises:
-        ValueError: no network has that name.
-    """
-    match = RESNET_NAME.fullmatch(name)
-    depth, width = (int(match[1]), int(match[2] or 16)) if match else (0, 0)
-    if depth < 8 or (depth - 2) % 6 or width < 1:
-        raise ValueError("expected a network resnet<6n+2> (8, 14, 20, 26, ...) or one with its width, as resnet8w4")
-    return depth, width
 
 
 def _known_network(name: str) -> str:
@@ -51,7 +35,7 @@ NetworkName = Annotated[str, AfterValidator(_known_network)]
 class Section(BaseModel):
     """A group of parameters: strict types, no unknown keys, not to be changed."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Dataset(Section):
@@ -129,7 +113,7 @@ class Distillation(Section):
 
 
 class Runtime(Section):
-    """The machine: changes speed, never what is computed, and is in no stage's parameters."""
+    """The machine: changes results by rounding at most, and is in no stage's parameters."""
 
     device: Literal["auto", "cpu", "cuda"]
     threads: Count | None = Field(description="of the CPU; by default all cores")
@@ -194,14 +178,21 @@ def _in_words(error: Any) -> str:
     if error["type"] == "missing":
         return f"{key}: missing"
     message = error["msg"].removeprefix("Value error, ")
-    received = f" (got {error['input']!r})" if isinstance(error["input"], (str, int, float, bool, type(None))) else ""
-    return f"{key}: {message}{received}" if key else message
+    given = error["input"]
+    if error["type"] == "value_error" and isinstance(given, dict):  # a check of several parameters, which it names
+        return f"{key}: {message}" if key else message
+    received = repr(given) if isinstance(given, (str, int, float, type(None))) else f"a {type(given).__name__}"
+    return f"{key or 'all'}: {message} (got {received})"
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    model: Any = Params
+    """The parameters that exist in a section."""
+    if location[:1] == ("method",):
+        return sorted(Method.model_fields)
+    model: type[Section] = Params
     for part in location:
-        if isinstance(model, type) and issubclass(model, Section):
-            annotation = model.model_fields[str(part)].annotation
-            model = Method if part == "method" else annotation
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, Section)
+        model = annotation
     return sorted(model.model_fields)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
-from pipeline.storage import atomic_path
+from pipeline.provenance import fingerprint
+from pipeline.storage import written_hdf5
 
 SPLITS = ("train", "validation", "test")
 CHUNK_BYTES = 1 << 18
+FACTS = ("class_names", "mean", "std", "digest")  # attributes of a prepared file
 
 
 class Images(NamedTuple):
@@ -115,7 +117,7 @@ def _prepared(
     return Prepared(images, labels, class_names, mean, std, content_digest(images, labels, class_names))
 
 
-def content_digest(images: NDArray[np.uint8], labels: NDArray[np.int64], class_names: tuple[str, ...]) -> str:
+def content_digest(images: NDArray[np.uint8], labels: NDArray[np.int64], class_names: Sequence[str]) -> str:
     """The sha256 of a split's content, in hexadecimal; independent of the file around it."""
     digest = hashlib.sha256(json.dumps([images.shape, class_names]).encode())
     digest.update(np.ascontiguousarray(images).data)
@@ -135,12 +137,13 @@ def check_labels(labels: NDArray[np.int64], class_names: tuple[str, ...], source
 
 def write_prepared(path: Path, split: Prepared) -> None:
     """Write a split to an HDF5 file, atomically: `image`, `label` and attributes."""
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    with written_hdf5(path) as file:
         rows = max(1, min(len(split.images), CHUNK_BYTES // split.images[0].nbytes))
         file.create_dataset("image", data=split.images, chunks=(rows, *split.image_shape))
         file.create_dataset("label", data=split.labels)
-        for name in ("class_names", "mean", "std", "digest"):
-            file.attrs[name] = json.dumps(getattr(split, name))
+        facts = {name: getattr(split, name) for name in FACTS}
+        for name, value in {**facts, "facts_digest": fingerprint(facts)}.items():
+            file.attrs[name] = json.dumps(value)
 
 
 def read_prepared(path: Path) -> Prepared:
@@ -153,13 +156,14 @@ def read_prepared(path: Path) -> Prepared:
         raise DataError(f"{path}: no such prepared file; make it with: python -m stages.prepare")
     try:
         with h5py.File(path, "r") as file:
-            facts = {name: json.loads(file.attrs[name]) for name in ("class_names", "mean", "std", "digest")}
+            facts = {name: json.loads(file.attrs[name]) for name in FACTS}
+            facts_digest = json.loads(file.attrs["facts_digest"])
             images, labels = file["image"][:], file["label"][:]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = f"not a whole prepared file ({error})"
         raise DataError(f"{path}: {reason}; make it again: python -m stages.prepare") from None
-    names = tuple(facts["class_names"])
-    if content_digest(images, labels, names) != facts["digest"]:
+    if fingerprint(facts) != facts_digest or content_digest(images, labels, facts["class_names"]) != facts["digest"]:
         raise DataError(f"{path}: its content does not match its digest; make it again: python -m stages.prepare")
+    names = tuple(facts["class_names"])
     check_labels(labels, names, path)
     return Prepared(images, labels, names, tuple(facts["mean"]), tuple(facts["std"]), facts["digest"])

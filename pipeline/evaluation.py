@@ -19,7 +19,7 @@ from pipeline.newton import newton
 from pipeline.prediction import predict
 from pipeline.similarity import agreement, angle_similarity, magnitude_similarity, teacher_divergence
 from pipeline.status import Status
-from pipeline.storage import atomic_path
+from pipeline.storage import written_hdf5
 
 
 class TeacherSide(NamedTuple):
@@ -129,7 +129,7 @@ def figures_of(comparison: Comparison, common: NDArray[np.bool_]) -> dict[str, f
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
     """Write a comparison to an HDF5 file, atomically."""
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    with written_hdf5(path) as file:
         for name, value in comparison._asdict().items():
             file[name] = value
 

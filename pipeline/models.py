@@ -10,17 +10,20 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import safetensors
 import torch
+from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, ValidationError, model_validator
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config import resnet_size
 from pipeline.errors import WeightsError
+from pipeline.networks import resnet_size
 from pipeline.storage import write_atomically
+
+METADATA = "architecture"  # key in the metadata of a weights file
 
 
 class Architecture(NamedTuple):
@@ -122,8 +125,8 @@ def build(architecture: Architecture) -> Classifier:
 def save_weights(model: Classifier, path: Path) -> None:
     """Write the network's state and the classifier's architecture to a safetensors file, atomically."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
-    metadata = {key: json.dumps(value) for key, value in model.architecture._asdict().items()}
-    write_atomically(path, save(state, metadata))
+    # One entry only: safetensors writes several in any order.
+    write_atomically(path, save(state, {METADATA: json.dumps(model.architecture._asdict())}))
 
 
 def load_weights(path: Path, architecture: Architecture | None = None) -> Classifier:
@@ -155,18 +158,35 @@ def load_weights(path: Path, architecture: Architecture | None = None) -> Classi
     return model
 
 
+class _Description(BaseModel):
+    """An architecture as a stranger's file gives it."""
+
+    network: str
+    classes: int = Field(ge=2)
+    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    mean: list[FiniteFloat]
+    std: list[Annotated[FiniteFloat, Field(gt=0)]]
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> _Description:
+        resnet_size(self.network)
+        if not len(self.mean) == len(self.std) == self.image_shape[0]:
+            raise ValueError("mean and deviation must have a value for each channel")
+        return self
+
+
 def _architecture_from(metadata: dict[str, str], path: Path) -> Architecture:
+    if METADATA not in metadata:
+        raise WeightsError(f"{path}: no usable description of its network in the metadata")
     try:
-        values = {key: json.loads(metadata[key]) for key in Architecture._fields}
-        return Architecture(
-            str(values["network"]),
-            int(values["classes"]),
-            tuple(map(int, values["image_shape"])),  # type: ignore[arg-type]
-            tuple(map(float, values["mean"])),
-            tuple(map(float, values["std"])),
-        )
-    except (KeyError, ValueError, TypeError) as error:
-        raise WeightsError(f"{path}: no usable description of its network in the metadata ({error!r})") from None
+        given = _Description.model_validate_json(metadata[METADATA])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise WeightsError(
+            f"{path}: no usable description of its network in the metadata: {where}: {first['msg']}"
+        ) from None
+    return Architecture(given.network, given.classes, given.image_shape, tuple(given.mean), tuple(given.std))
 
 
 def _load_state(network: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:

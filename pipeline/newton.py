@@ -100,6 +100,11 @@ class _NewtonSearch:
             (excess_gradient,) = torch.autograd.grad(excess.sum(), x)
         x, margin, excess = x.detach(), margin.detach(), excess.detach()
         self.gradients[rows] += 2
+        good = torch.isfinite(row_sum(gradient.abs() + excess_gradient.abs()))
+        self.status[rows[~good]] = Status.BAD_GRADIENT
+        self.phase[rows[~good]] = self.DONE
+        rows, images, x, gradient = rows[good], images[good], x[good], gradient[good]
+        margin, excess, excess_gradient = margin[good], excess[good], excess_gradient[good]
         end = project_on_two(
             x, gradient, excess_gradient, margin + OVERSHOOT_LOGITS, excess * (1 + OVERSHOOT) + CLEARANCE
         )

@@ -5,14 +5,15 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pipeline", "stages")
 
-# Modules that say what to do, check it, and move files: what they decide is in the parameters and inputs.
-WITHOUT_EFFECT = {f"pipeline.{name}" for name in ("config", "errors", "provenance", "runtime", "storage")}
+# Modules that name parameters, check them and move files: what they decide is in the parameters and inputs.
+WITHOUT_EFFECT = {f"pipeline.{name}" for name in ("config", "errors", "provenance", "storage")}
 
 
 def fingerprint(*parts: Any) -> str:
@@ -20,23 +21,34 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def code_digest(*modules: str) -> str:
+def code_digest(*modules: str, alone: Iterable[str] = ()) -> str:
     """The digest of what modules do, with all project modules that they import.
 
-    Comments, docstrings and layout do not count, nor do modules that have no effect on results.
+    Comments, docstrings and layout do not count, nor do modules that have no effect on results. The digest is the same
+    under every supported version of Python.
 
     Args:
         modules: names, as `pipeline.attack`.
+        alone: names of modules to count without what they import.
     """
     digest = hashlib.sha256()
-    for name in sorted(set().union(*map(closure_of, modules)) - WITHOUT_EFFECT):
+    for name in sorted(set().union(alone, *map(closure_of, modules)) - WITHOUT_EFFECT):
         tree = ast.parse((ROOT / path_of(name)).read_text())
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and _is_docstring(body[0]):
-                body[:1] = [] if len(body) > 1 else [ast.Pass()]
-        digest.update(f"{name}\n{ast.unparse(tree)}\n".encode())
+        digest.update(f"{name} {_shape(tree)}\n".encode())
     return digest.hexdigest()
+
+
+def _shape(node: object) -> object:
+    """A syntax tree as nested tuples, without docstrings and empty fields (which newer versions of Python add)."""
+    if isinstance(node, list):
+        return tuple(_shape(item) for item in node)
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    body = fields.get("body")
+    if isinstance(body, list) and body and _is_docstring(body[0]):
+        fields["body"] = body[1:]
+    return (type(node).__name__, *((key, _shape(value)) for key, value in fields.items() if value not in (None, [])))
 
 
 def path_of(module: str) -> Path:

@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from pipeline.errors import DataError
 
-Records = list[dict[str, Any]]
-"""One record of figures per seed."""
+
+class Record(BaseModel):
+    """The figures of one run, as the evaluation writes them: fractions, nats, similarities (None without pairs)."""
+
+    seed: int
+    accuracy: float
+    agreement: float
+    teacher_divergence: float
+    mag_sim: float | None
+    ang_sim: float | None
+    mag_sim_common: float | None
+    ang_sim_common: float | None
+
+
+class StudentRecords(BaseModel):
+    """The runs of one student by one method."""
+
+    seeds: list[Record]
+
+
+class TeacherRecord(BaseModel):
+    """The teacher's figures."""
+
+    accuracy: float
+
+
+Result = TypeVar("Result", bound=BaseModel)
+Students = Mapping[tuple[str, str], StudentRecords]
+"""Records by (student, method)."""
 
 MEASURES = ("accuracy", "agreement", "teacher_divergence", "mag_sim", "ang_sim", "mag_sim_common", "ang_sim_common")
 TABLE = {
@@ -22,17 +50,17 @@ TABLE = {
 }
 
 
-def read_records(directory: Path, name: str) -> Any:
-    """A result of the evaluation, by name.
+def read_result(path: Path, kind: type[Result]) -> Result:
+    """Read a result of the evaluation.
 
     Raises:
-        DataError: it is not there or not readable.
+        DataError: it is not there or not what the evaluation writes.
     """
-    path = directory / f"{name}.json"
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); make it with: python -m stages.evaluate") from None
+        return kind.model_validate_json(path.read_text())
+    except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: cannot be read ({reason}); make it with: python -m stages.evaluate") from None
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float | int | None]:
@@ -45,19 +73,11 @@ def spread(values: Sequence[float | None]) -> dict[str, float | int | None]:
     }
 
 
-def summarise(
-    dataset: str, teacher: Mapping[str, float], students: Mapping[tuple[str, str], Records]
-) -> dict[str, Any]:
-    """The summary of a comparison, as fractions.
-
-    Args:
-        dataset: its name.
-        teacher: the teacher's figures.
-        students: records by (student, method).
-    """
-    summary: dict[str, Any] = {"dataset": dataset, "teacher": dict(teacher), "students": {}}
+def summarise(dataset: str, teacher: TeacherRecord, students: Students) -> dict[str, Any]:
+    """The summary of a comparison, as fractions."""
+    summary: dict[str, Any] = {"dataset": dataset, "teacher": teacher.model_dump(), "students": {}}
     for (student, method), records in students.items():
-        figures = {measure: spread([record[measure] for record in records]) for measure in MEASURES}
+        figures = {measure: spread([getattr(record, measure) for record in records.seeds]) for measure in MEASURES}
         summary["students"].setdefault(student, {})[method] = figures
     return summary
 
@@ -86,9 +106,9 @@ def _cell(figure: Mapping[str, float | None], scale: float) -> str:
     return f"{figure['mean'] * scale:.{digits}f}{deviation}"
 
 
-def accuracy_csv(students: Mapping[tuple[str, str], Records]) -> str:
+def accuracy_csv(students: Students) -> str:
     """Accuracy of every run as CSV: student, method, seed, accuracy (fraction)."""
     lines = ["student,method,seed,accuracy"]
     for (student, method), records in students.items():
-        lines += [f"{student},{method},{record['seed']},{record['accuracy']:.6f}" for record in records]
+        lines += [f"{student},{method},{record.seed},{record.accuracy:.6f}" for record in records.seeds]
     return "\n".join(lines) + "\n"

@@ -159,7 +159,7 @@ def read_manifest(directory: Path) -> Manifest:
         values = json.loads(path.read_bytes())
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({error.strerror}); is {directory} a sample dataset?") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ShardError(f"{path}: not valid JSON ({error})") from None
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
@@ -184,6 +184,8 @@ def _check_consistent(manifest: Manifest, path: Path) -> None:
         raise ShardError(f"{path}: image shape, mean and deviation do not fit each other")
     if not all(np.isfinite(manifest.mean)) or not all(0 < value < np.inf for value in manifest.std):
         raise ShardError(f"{path}: mean or deviation is out of range")
+    if manifest.views > len(manifest.shards):
+        raise ShardError(f"{path}: {manifest.views} views, but only {len(manifest.shards)} shards")
     blocks = {(shard.view, shard.block): shard for shard in manifest.shards}
     per_view = len(manifest.shards) // manifest.views
     complete = {(view, block) for view in range(manifest.views) for block in range(per_view)}

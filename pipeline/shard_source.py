@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +88,12 @@ class ShardSource:
             resident = self._bytes() <= RESIDENT_SHARE * free_memory(device)
         self._starts: dict[str, int] = {}
         self._resident = self._load_all() if resident else None
+
+    def for_seed(self, seed: int) -> ShardSource:
+        """The same shards, without loading them again, in the order of another seed."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         generator = np.random.default_rng((self.seed, 3, epoch))

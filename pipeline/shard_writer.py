@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.shard_format import FORMAT_VERSION, Column
-from pipeline.storage import atomic_path
+from pipeline.storage import written_hdf5
 
 CHUNK_BYTES = 1 << 17  # a few dozen images: small enough for single rows, large enough for whole shards
 
@@ -48,7 +47,7 @@ def write_shard(
                 f"column '{name}': expected {column.dtype} {(rows, *column.shape)}, "
                 f"got {values[name].dtype} {values[name].shape}"
             )
-    with atomic_path(path) as temporary, h5py.File(temporary, "w", libver=("v108", "v108")) as file:
+    with written_hdf5(path) as file:
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["fingerprint"] = fingerprint
         file.attrs["view"] = view

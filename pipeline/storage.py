@@ -19,11 +19,26 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 from filelock import FileLock, Timeout
 
 from pipeline.errors import StoreError
 
 FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file, copied when one of the two is written
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """Say in one line which path cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(existing_parent(path)).free
+            raise StoreError(f"{path}: no space to write it ({free / 1e6:.0f} MB free): {error.strerror}") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO):
+            raise StoreError(f"{path}: cannot be written: {error.strerror}") from error
+        raise
 
 
 @contextlib.contextmanager
@@ -38,18 +53,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(existing_parent(path)).free
-            raise StoreError(f"{path}: no space to write it ({free / 1e6:.0f} MB free): {error.strerror}") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO):
-            raise StoreError(f"{path}: cannot be written: {error.strerror}") from error
-        raise
+        with _write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -72,23 +81,42 @@ def existing_parent(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def written_hdf5(path: Path) -> Iterator[h5py.File]:
+    """Yield an HDF5 file in memory; on success write it to `path`, atomically.
+
+    HDF5 itself cannot be trusted with a full disk: it fails again, and crashes, when it closes its files.
+    """
+    with h5py.File(path.name, "w", driver="core", backing_store=False, libver=("v108", "v108")) as file:
+        yield file
+        file.flush()
+        content = file.id.get_file_image()
+    write_atomically(path, content)
+
+
+@contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success it takes the place of `path`."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    """Yield an empty temporary folder beside `path`; on success it takes the place of `path`.
+
+    One process at a time may do this for a path (hold a lock). What a killed one left is cleared away first.
+
+    Raises:
+        StoreError: the folder cannot be written; names path and reason.
+    """
+    new, old = path.with_name(f".{path.name}.new.tmp"), path.with_name(f".{path.name}.old.tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old.tmp")
-            os.rename(path, old)
-            os.rename(temporary, path)
+        with _write_errors(path):
+            if old.exists() and not path.exists():
+                os.rename(old, path)
+            for leftover in (new, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            new.mkdir(parents=True)
+            yield new
+            if path.exists():
+                os.rename(path, old)
+            os.rename(new, path)
             shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(temporary, path)
-    except PermissionError as error:
-        raise StoreError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -120,17 +148,18 @@ def lock(path: Path, on_wait: Callable[[str], None], timeout: float = -1) -> Ite
         StoreError: the lock was not free in time.
     """
     owner = path.with_suffix(".pid")
-    path.parent.mkdir(parents=True, exist_ok=True)
     file_lock = FileLock(path)
     try:
-        file_lock.acquire(timeout=0)
+        with _write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file_lock.acquire(timeout=0)
     except Timeout:
         pid = owner.read_text() if owner.exists() else "unknown"
-        on_wait(f"{path.parent} is in use by process {pid}: waiting for it")
+        on_wait(f"{path} is held by process {pid}: waiting for it")
         try:
             file_lock.acquire(timeout=timeout)
         except Timeout:
-            raise StoreError(f"{path.parent} is in use by process {pid}: stop it or wait for it") from None
+            raise StoreError(f"{path} is held by process {pid}: stop it or wait for it") from None
     try:
         owner.write_text(str(os.getpid()))
         yield
@@ -157,8 +186,8 @@ class Store:
         try:
             if _digest_path(path).read_text() == file_digest(path):
                 return path
-        except OSError:
-            pass  # one of the two is missing
+        except FileNotFoundError:
+            return None  # absent, or not finished: whoever makes it replaces what is there
         _forget(path)
         return None
 

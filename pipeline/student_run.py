@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,18 +22,19 @@ from pipeline.methods import LOSSES
 from pipeline.models import Architecture
 from pipeline.online_source import OnlineSource
 from pipeline.provenance import code_digest, fingerprint
-from pipeline.runtime import cpu_threads
+from pipeline.runtime import cpu_threads, end_with_parent
 from pipeline.shard_format import MANIFEST
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
 from pipeline.storage import Store, file_digest
-from pipeline.teacher import architecture_for, load_teacher
-from pipeline.training import Fit, fit
+from pipeline.teacher import architecture_for, load_for
+from pipeline.training import Fit, find_fit, fit
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# Beside the loop, the losses and the network, these modules decide what a fit gives, by source.
+# The modules that decide what a fit gives: an edit to one of them makes finished fits invalid.
+CODE = ("pipeline.methods", "pipeline.runtime", "pipeline.teacher", "pipeline.training")
 SOURCE_CODE = {
     "fresh": "pipeline.batches",
     "shards": "pipeline.shard_source",
@@ -87,11 +89,24 @@ class StudentRun:
             self.reads["train"] = train.digest
             self.reads["augmentation"] = {"padding": params.dataset.padding, "flip": params.dataset.flip}
         if self.method.source == "online":
-            self.reads["teacher"] = file_digest(self._need(inputs.teacher, "a teacher"))
-            self.reads["search"] = params.attack.model_dump(include={"search", "tolerance", "max_gradients"})
+            path = self._need(inputs.teacher, "a teacher")
+            self._teacher = load_for(path, train, "teacher")
+            self.reads["teacher"] = file_digest(path)
+            if self.method.algorithm == "bss":
+                self.reads["search"] = params.attack.model_dump(include={"search", "tolerance", "max_gradients"})
         if inputs.validation is not None:
+            self._check_validation(inputs.validation)
             self.reads["validation"] = inputs.validation.digest  # in the curve only
-        self.reads["code"] = code_digest("pipeline.methods", "pipeline.training", SOURCE_CODE[self.method.source])
+        self.reads["code"] = code_digest(*CODE, SOURCE_CODE[self.method.source], alone=["pipeline.student_run"])
+        self._shard_source: ShardSource | None = None
+
+    def _check_validation(self, validation: Prepared) -> None:
+        given, expected = (len(validation.class_names), validation.image_shape), self.architecture[1:3]
+        if given != expected:
+            raise DataError(
+                f"{self.name}: the validation split has {given[0]} classes of images {given[1]}, the training data "
+                f"{expected[0]} of {expected[1]}: they are not of one dataset"
+            )
 
     def _need(self, value: Any, what: str) -> Any:
         if value is None:
@@ -100,7 +115,6 @@ class StudentRun:
 
     def fit(self, seed: int, bar_position: int = 0) -> Fit:
         """Train with one seed, or find the finished run; the progress bar goes `bar_position` lines down."""
-        key = fingerprint(self.architecture._asdict(), self.reads, seed)
         weights, loss = self.params.distillation, LOSSES[self.method.algorithm]
 
         def loss_of(student: nn.Module, batch: Batch, progress: float) -> Tensor:
@@ -109,7 +123,7 @@ class StudentRun:
         return fit(
             self.fabric,
             self.store,
-            key,
+            self._key(seed),
             self.architecture,
             lambda: self._source(seed),
             loss_of,
@@ -120,20 +134,28 @@ class StudentRun:
             bar_position,
         )
 
+    def _key(self, seed: int) -> str:
+        return fingerprint(self.architecture._asdict(), self.reads, seed)
+
     def fit_all(self) -> list[Fit]:
         """Train with all seeds, or find the finished runs; on a CPU side by side, in forks of this process.
 
-        How many threads a run has follows from the parameters and the machine, not from what is finished already, so
-        that it does not matter in which order runs were made.
+        How many threads a run has does not depend on how many seeds there are or what is finished already, so that
+        it does not matter in which order runs are made.
         """
         seeds, runtime = range(self.params.seeds), self.params.runtime
+        finished = [find_fit(self.store, self._key(seed)) for seed in seeds]
         threads = cpu_threads(runtime)
-        workers = min(len(seeds), runtime.workers or threads) if self.fabric.device.type == "cpu" else 1
-        if workers == 1:
-            return [self.fit(seed) for seed in seeds]
+        workers = runtime.workers or threads
+        if self.fabric.device.type != "cpu" or workers == 1 or all(finished):
+            return [found or self.fit(seed) for seed, found in zip(seeds, finished, strict=True)]
+        threads_each = max(1, threads // workers)
+        torch.set_num_threads(threads_each)  # a fork must not inherit a pool of more threads than it is to use
+        if self.method.source == "shards":
+            self._shards()  # loaded here, the pages are shared by all workers
         context = multiprocessing.get_context("fork")
-        arguments = (self, max(1, threads // workers), context.Value("i", 0))
-        with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
+        arguments = (self, threads_each, context.Value("i", 0), os.getpid())
+        with ProcessPoolExecutor(min(len(seeds), workers), context, _start_worker, arguments) as pool:
             try:
                 return list(pool.map(_fit_in_worker, seeds))
             except BrokenProcessPool:
@@ -149,17 +171,27 @@ class StudentRun:
     def _source(self, seed: int) -> Source:
         batch_size, device, dataset = self.params.training.batch_size, self.fabric.device, self.params.dataset
         if self.method.source == "shards":
-            assert self.inputs.shards is not None
-            with_boundary = self.method.algorithm == "bss"
-            return ShardSource(self.inputs.shards, seed, batch_size, device, with_boundary, self.inputs.train)
+            return self._shards().for_seed(seed)
         assert self.inputs.train is not None
         fresh = FreshSource(self.inputs.train, dataset.padding, dataset.flip, seed, batch_size, device)
         if self.method.source == "fresh":
             return fresh
-        assert self.inputs.teacher is not None
-        teacher = load_teacher(self.inputs.teacher, self.inputs.train)
         search_batch = self.params.runtime.search_batch
-        return OnlineSource(fresh, Search(teacher, self.params.attack, dataset, device, search_batch))
+        return OnlineSource(fresh, Search(self._teacher, self.params.attack, dataset, device, search_batch))
+
+    def _shards(self) -> ShardSource:
+        """The shards, loaded once for all seeds."""
+        if self._shard_source is None:
+            assert self.inputs.shards is not None
+            self._shard_source = ShardSource(
+                self.inputs.shards,
+                0,
+                self.params.training.batch_size,
+                self.fabric.device,
+                with_boundary=self.method.algorithm == "bss",
+                train=self.inputs.train,
+            )
+        return self._shard_source
 
 
 # A forked worker inherits the run with all its data; arguments of tasks would be pickled.
@@ -167,8 +199,9 @@ _worker_run: StudentRun
 _worker_number: int
 
 
-def _start_worker(run: StudentRun, threads: int, started: Any) -> None:
+def _start_worker(run: StudentRun, threads: int, started: Any, parent: int) -> None:
     global _worker_run, _worker_number
+    end_with_parent(parent)
     _worker_run = run
     with started.get_lock():
         _worker_number, started.value = started.value, started.value + 1

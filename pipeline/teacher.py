@@ -1,4 +1,4 @@
-"""A teacher's fitness: does it match the data, and is it better than chance?"""
+"""Is a network fit for its data: does it match, and is it better than chance?"""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def architecture_for(network: str, data: Prepared) -> Architecture:
     return Architecture(network, len(data.class_names), data.image_shape, data.mean, data.std)
 
 
-def load_teacher(path: Path, data: Prepared) -> Classifier:
-    """Read a teacher and check that it takes these images and knows these classes.
+def load_for(path: Path, data: Prepared, role: str) -> Classifier:
+    """Read a teacher or student (`role`, for messages) and check that it takes these images and knows these classes.
 
     Raises:
-        WeightsError: the file is unusable, or the teacher is one for other data.
+        WeightsError: the file is unusable, or the network is one for other data.
     """
-    teacher = load_weights(path)
-    architecture, classes = teacher.architecture, len(data.class_names)
+    model = load_weights(path)
+    architecture, classes = model.architecture, len(data.class_names)
     if architecture.classes != classes or architecture.image_shape != data.image_shape:
         raise WeightsError(
-            f"{path}: a teacher for images {architecture.image_shape} of {architecture.classes} classes, "
+            f"{path}: a {role} for images {architecture.image_shape} of {architecture.classes} classes, "
             f"the prepared data has {data.image_shape} and {classes}"
         )
-    return teacher
+    return model
 
 
 def checked_accuracy(teacher: Classifier, data: Prepared, device: torch.device) -> float:

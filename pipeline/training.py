@@ -7,6 +7,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,12 +21,15 @@ from pipeline.data import Prepared
 from pipeline.errors import TrainingError
 from pipeline.models import Architecture, Classifier, build, save_weights
 from pipeline.prediction import accuracy
-from pipeline.storage import Store, atomic_path, write_json
+from pipeline.storage import Store, write_atomically, write_json
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 CHECKPOINT_SECONDS = 5.0
+DIGEST_BYTES = sha256().digest_size  # before the content of a checkpoint
+WEIGHTS, CURVE = "weights.safetensors", "curve.json"
+CURVE_COLUMNS = ["epoch", "learning_rate", "loss", "validation_accuracy"]
 
 StepLoss = Callable[[nn.Module, Batch, float], Tensor]
 """(model, batch, progress in [0, 1)) to a scalar."""
@@ -44,7 +48,7 @@ class Fit(NamedTuple):
 
 def learning_rate(training: Training, epoch: int) -> float:
     """The rate of an epoch, counted from 0: divided at each milestone that is passed."""
-    passed = sum(epoch >= milestone * training.epochs for milestone in training.milestones)
+    passed = sum(epoch >= round(milestone * training.epochs, 6) for milestone in training.milestones)
     return training.learning_rate / training.divisor**passed
 
 
@@ -79,19 +83,26 @@ def fit(
     Raises:
         TrainingError: the loss is not finite; the last checkpoint is kept.
     """
-    weights, curve_file = f"{key}/weights.safetensors", f"{key}/curve.json"
-    found, found_curve = store.find(weights), store.find(curve_file)
-    if found and found_curve:
-        return Fit(found, json.loads(found_curve.read_text()), reused=True)
+    finished = find_fit(store, key)
+    if finished:
+        return finished
     torch.manual_seed(seed)
     classifier = build(architecture)
     curve = _Run(fabric, classifier, training, store.path(f"{key}/checkpoint.pt")).train(
         source(), loss_of, seed, validation, description, bar_position
     )
-    save_weights(classifier, store.path(weights))
-    write_json(store.path(curve_file), curve)
+    save_weights(classifier, store.path(f"{key}/{WEIGHTS}"))
+    write_json(store.path(f"{key}/{CURVE}"), curve)
+    result = Fit(store.seal(f"{key}/{WEIGHTS}"), curve, reused=False)
+    store.seal(f"{key}/{CURVE}")
     store.path(f"{key}/checkpoint.pt").unlink(missing_ok=True)
-    return Fit(store.seal(weights), json.loads(store.seal(curve_file).read_text()), reused=False)
+    return result
+
+
+def find_fit(store: Store, key: str) -> Fit | None:
+    """The finished run of a fingerprint, if there is one."""
+    weights, curve = store.find(f"{key}/{WEIGHTS}"), store.find(f"{key}/{CURVE}")
+    return Fit(weights, json.loads(curve.read_text()), reused=True) if weights and curve else None
 
 
 class _Run:
@@ -137,6 +148,8 @@ class _Run:
                 if time.monotonic() - self.saved > CHECKPOINT_SECONDS:
                     self._save()
                 bar.update()
+        if not all(torch.isfinite(value).all() for value in self.classifier.state_dict().values()):
+            raise TrainingError(f"{description}: the weights are not finite at the end: try a lower learning rate")
         return self.curve
 
     def _epoch(self, source: Source, loss_of: StepLoss, epoch: int) -> float:
@@ -162,19 +175,20 @@ class _Run:
 
     def _save(self) -> None:
         state = {"model": self.classifier.state_dict(), "optimizer": self.optimizer.state_dict(), "curve": self.curve}
-        with atomic_path(self.checkpoint) as temporary:
-            torch.save(state, temporary)
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_atomically(self.checkpoint, sha256(content.getvalue()).digest() + content.getvalue())
         self.saved = time.monotonic()
 
     def _resume(self) -> None:
-        """Go on from the checkpoint, when there is one that can be read."""
+        """Go on from the checkpoint, when there is a whole one."""
         if not self.checkpoint.exists():
             return
-        try:
-            state = torch.load(self.checkpoint, map_location=self.fabric.device, weights_only=True)
-        except Exception:  # torch.load raises all kinds on a damaged file; training then starts from the beginning
-            self.checkpoint.unlink()
+        content = self.checkpoint.read_bytes()
+        digest, content = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+        if sha256(content).digest() != digest:
             return
+        state = torch.load(io.BytesIO(content), map_location=self.fabric.device, weights_only=True)
         self.classifier.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.curve = state["curve"]
@@ -184,7 +198,7 @@ def curve_csv(curves: Sequence[tuple[dict[str, Any], list[dict[str, float]]]]) -
     """Curves as CSV text: the columns that name a curve, then its values, one row an epoch."""
     rows = [{**names, **row, "epoch": int(row["epoch"])} for names, curve in curves for row in curve]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["epoch", "loss"], lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]) if rows else CURVE_COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -13,7 +13,7 @@ from pipeline.config import load_params
 from pipeline.data import read_prepared
 from pipeline.runtime import choose_device
 from pipeline.storage import Store, lock
-from pipeline.teacher import checked_accuracy, load_teacher
+from pipeline.teacher import checked_accuracy, load_for
 from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
 
 TEACHER_CHECK = 2048  # images on which the teacher is checked first
@@ -36,7 +36,7 @@ def main(params_path: Path, prepared: Path, teacher: Path, out: Path, prune: boo
     """
     params = load_params(params_path)
     train = read_prepared(prepared / "train.h5")
-    model = load_teacher(teacher, train)
+    model = load_for(teacher, train, "teacher")
     device = choose_device(params.runtime)
     dataset = SampleDataset(train, params.dataset, params.attack, teacher, Store(WORK / "shards"))
     with lock(WORK / "shards.lock", say):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-import h5py
 from tqdm import tqdm
 
 from pipeline.config import load_params
@@ -19,13 +18,12 @@ from pipeline.evaluation import (
     teacher_side,
     write_comparison,
 )
-from pipeline.models import load_weights
 from pipeline.prediction import accuracy
 from pipeline.provenance import code_digest, fingerprint
 from pipeline.runtime import choose_device
-from pipeline.storage import Store, atomic_directory, file_digest, write_json
-from pipeline.teacher import load_teacher
-from stages.cli import WORK, errors_in_one_line, params_option, path_option
+from pipeline.storage import Store, atomic_directory, file_digest, lock, write_json, written_hdf5
+from pipeline.teacher import load_for
+from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
 
 
 @click.command()
@@ -45,33 +43,35 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
     """
     params = load_params(params_path)
     test = read_prepared(prepared / "test.h5")
-    model = load_teacher(teacher, test)
+    model = load_for(teacher, test, "teacher")
     device = choose_device(params.runtime)
     batch_size = params.runtime.search_batch
     store, code, side = Store(WORK / "comparisons"), code_digest("pipeline.evaluation"), None
-    comparisons: dict[tuple[str, int], Comparison] = {}
-    names = [f"{student}-{method}" for student in params.students for method in params.methods]
-    runs = [(name, seed) for name in names for seed in range(params.seeds)]
-    for name, seed in tqdm(runs, desc="evaluate", unit="student", disable=None, leave=False):
-        weights = students / name / f"seed-{seed}.safetensors"
-        student = load_weights(weights)
-        key = f"{fingerprint(file_digest(weights), file_digest(teacher), test.digest, code)}/comparison.h5"
-        if store.find(key) is None:
-            side = side or teacher_side(model, test, device, batch_size)
-            write_comparison(store.path(key), compare(student, side, test, device, batch_size))
-            store.seal(key)
-        comparisons[name, seed] = read_comparison(store.path(key))
+    with lock(WORK / "evaluate.lock", say):
+        comparisons: dict[tuple[str, int], Comparison] = {}
+        names = [f"{student}-{method}" for student in params.students for method in params.methods]
+        runs = [(name, seed) for name in names for seed in range(params.seeds)]
+        for name, seed in tqdm(runs, desc="evaluate", unit="student", disable=None, leave=False):
+            weights = students / name / f"seed-{seed}.safetensors"
+            student = load_for(weights, test, "student")
+            key = f"{fingerprint(file_digest(weights), file_digest(teacher), test.digest, code)}/comparison.h5"
+            if store.find(key) is None:
+                side = side or teacher_side(model, test, device, batch_size)
+                write_comparison(store.path(key), compare(student, side, test, device, batch_size))
+                store.seal(key)
+            comparisons[name, seed] = read_comparison(store.path(key))
 
-    common = common_pairs(comparisons.values())
-    with atomic_directory(out) as directory:
-        write_json(directory / "teacher.json", {"accuracy": accuracy(model.to(device), test, device)})
-        with h5py.File(directory / "pairs.h5", "w") as pairs:
-            for (name, seed), comparison in comparisons.items():
-                pairs[f"{name}/{seed}/mag_sim"] = comparison.magnitude
-                pairs[f"{name}/{seed}/ang_sim"] = comparison.angle
-        for name in names:
-            records = [{"seed": s} | figures_of(comparisons[name, s], common) for s in range(params.seeds)]
-            write_json(directory / f"{name}.json", {"seeds": records})
+        common = common_pairs(comparisons.values())
+        with atomic_directory(out) as directory:
+            write_json(directory / "teacher.json", {"accuracy": accuracy(model.to(device), test, device)})
+            # No groups: they would record when they were made.
+            with written_hdf5(directory / "pairs.h5") as pairs:
+                for (name, seed), comparison in comparisons.items():
+                    pairs[f"{name}-seed-{seed}-mag_sim"] = comparison.magnitude
+                    pairs[f"{name}-seed-{seed}-ang_sim"] = comparison.angle
+            for name in names:
+                records = [{"seed": s} | figures_of(comparisons[name, s], common) for s in range(params.seeds)]
+                write_json(directory / f"{name}.json", {"seeds": records})
     click.echo(f"wrote {out}: {len(runs)} students on {len(test.labels)} test images, {common.sum()} common pairs")
 
 

@@ -8,8 +8,8 @@ import click
 
 from pipeline.config import load_params
 from pipeline.data import SOURCES, prepare, write_prepared
-from pipeline.storage import atomic_directory
-from stages.cli import errors_in_one_line, params_option, path_option
+from pipeline.storage import atomic_directory, lock
+from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
 
 
 @click.command()
@@ -26,7 +26,7 @@ def main(params_path: Path, out: Path) -> None:
     dataset = load_params(params_path).dataset
     images, class_names = SOURCES[dataset.name]()
     splits = prepare(images, class_names, dataset.test_fraction, dataset.validation_fraction, dataset.seed)
-    with atomic_directory(out) as directory:
+    with lock(WORK / "prepare.lock", say), atomic_directory(out) as directory:
         for name, split in splits.items():
             write_prepared(directory / f"{name}.h5", split)
     sizes = ", ".join(f"{name} {len(split.labels)}" for name, split in splits.items())

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pipeline.config import load_params
-from pipeline.reporting import accuracy_csv, markdown_table, read_records, summarise
+from pipeline.reporting import StudentRecords, TeacherRecord, accuracy_csv, markdown_table, read_result, summarise
 from pipeline.storage import write_atomically, write_json
 from stages.cli import errors_in_one_line, params_option, path_option
 
@@ -26,11 +26,11 @@ def main(params_path: Path, evaluation: Path, out: Path) -> None:
     """
     params = load_params(params_path)
     students = {
-        (student, method): read_records(evaluation, f"{student}-{method}")["seeds"]
+        (student, method): read_result(evaluation / f"{student}-{method}.json", StudentRecords)
         for student in params.students
         for method in params.methods
     }
-    summary = summarise(params.dataset.name, read_records(evaluation, "teacher"), students)
+    summary = summarise(params.dataset.name, read_result(evaluation / "teacher.json", TeacherRecord), students)
     table = markdown_table(summary)
     write_json(out / "summary.json", summary)
     write_atomically(out / "table.md", table)

@@ -61,9 +61,9 @@ def main(
     run = StudentRun(params, student, method, inputs, fabric, Store(WORK / "fits"))
     with lock(WORK / f"student-{name}.lock", say):
         fits = run.fit_all()
-    with atomic_directory(out) as directory:
-        for seed, fit in enumerate(fits):
-            copy_file(fit.weights, directory / f"seed-{seed}.safetensors")
+        with atomic_directory(out) as directory:
+            for seed, fit in enumerate(fits):
+                copy_file(fit.weights, directory / f"seed-{seed}.safetensors")
     write_atomically(reports / "curves.csv", curve_csv([({"seed": n}, fit.curve) for n, fit in enumerate(fits)]))
     last = [fit.curve[-1] for fit in fits]
     metrics = {key: mean(row[key] for row in last) for key in ("loss", "validation_accuracy") if key in last[0]}

@@ -5,20 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from pipeline.batches import Batch, FreshSource
-from pipeline.config import Params, load_params
-from pipeline.data import Prepared, read_prepared
-from pipeline.models import Classifier, load_weights, save_weights
+from pipeline.config import load_params
+from pipeline.data import read_prepared
+from pipeline.models import load_weights, save_weights
 from pipeline.prediction import accuracy
-from pipeline.provenance import code_digest, fingerprint
-from pipeline.runtime import choose_device, make_fabric
-from pipeline.storage import Store, write_atomically, write_json
+from pipeline.runtime import choose_device
+from pipeline.storage import Store, lock, write_atomically, write_json
 from pipeline.teacher import architecture_for, checked_accuracy
-from pipeline.training import curve_csv, fit
-from stages.cli import WORK, errors_in_one_line, params_option, path_option
+from pipeline.teacher_run import train_teacher
+from pipeline.training import curve_csv
+from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
 
 
 @click.command()
@@ -41,8 +38,10 @@ def main(params_path: Path, prepared: Path, out: Path, reports: Path) -> None:
         curve: list[dict[str, float]] = []
         origin = f"imported from {params.teacher.weights}"
     else:
-        teacher, curve, reused = _trained(params, train, validation)
-        origin = "finished before" if reused else f"trained for {params.teacher.training.epochs} epochs"
+        with lock(WORK / "teacher.lock", say):
+            result = train_teacher(params, train, validation, Store(WORK / "fits"))
+        teacher, curve = load_weights(result.weights), result.curve
+        origin = "finished before" if result.reused else f"trained for {params.teacher.training.epochs} epochs"
     device = choose_device(params.runtime)
     metrics = {
         "train_accuracy": checked_accuracy(teacher, train, device),
@@ -53,40 +52,6 @@ def main(params_path: Path, prepared: Path, out: Path, reports: Path) -> None:
     write_atomically(reports / "curves.csv", curve_csv([({}, curve)]))
     figures = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in metrics.items())
     click.echo(f"wrote {out}: {params.teacher.network}, {origin}, {figures}")
-
-
-def _trained(params: Params, train: Prepared, validation: Prepared) -> tuple[Classifier, list[dict[str, float]], bool]:
-    teacher, dataset = params.teacher, params.dataset
-    architecture = architecture_for(teacher.network, train)
-    fabric = make_fabric(params.runtime, teacher.training.precision)
-
-    def loss_of(model: nn.Module, batch: Batch, progress: float) -> Tensor:
-        return F.cross_entropy(model(batch.images), batch.labels)
-
-    key = fingerprint(
-        architecture._asdict(),
-        teacher.model_dump(),
-        dataset.padding,
-        dataset.flip,
-        train.digest,
-        validation.digest,
-        code_digest("pipeline.training"),
-    )
-    result = fit(
-        fabric,
-        Store(WORK / "fits"),
-        key,
-        architecture,
-        lambda: FreshSource(
-            train, dataset.padding, dataset.flip, teacher.seed, teacher.training.batch_size, fabric.device
-        ),
-        loss_of,
-        teacher.training,
-        teacher.seed,
-        validation,
-        "teacher",
-    )
-    return load_weights(result.weights), result.curve, result.reused
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ from pipeline.provenance import ROOT, closure_of, imported_by, path_of
 
 # Modules import only from layers above their own in this list.
 LAYERS = (
-    {"errors", "status", "losses", "similarity", "provenance"},
-    {"storage", "config"},
-    {"shard_format", "runtime", "data", "models", "views", "projection"},
-    {"shard_store", "shard_writer", "shard_reader", "boundary", "batches", "prediction", "reporting"},
-    {"newton", "heo2019", "teacher", "shard_source", "methods", "training"},
-    {"attack", "evaluation"},
-    {"attack_run", "online_source"},
+    {"errors", "status", "networks", "provenance", "losses", "similarity"},
+    {"storage", "config", "views", "projection"},
+    {"shard_format", "runtime", "data", "models", "reporting", "boundary"},
+    {"shard_store", "shard_writer", "shard_reader", "newton", "heo2019", "batches", "prediction"},
+    {"attack", "teacher", "shard_source", "methods", "evaluation", "training"},
+    {"attack_run", "online_source", "teacher_run"},
     {"student_run"},
 )
 STAGES = ("prepare", "teacher", "attack", "student", "evaluate", "report")

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.errors import WeightsError
 from pipeline.models import Architecture, BasicBlock, Classifier, build, folded, load_weights, save_weights
-from tests.files import tiny_teacher, truncate
+from tests.files import cases, tiny_teacher, truncate
 
 GRAY = Architecture("resnet8w2", 4, (1, 8, 8), (0.4,), (0.3,))
 COLOUR = Architecture("resnet8w2", 5, (3, 9, 7), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -105,6 +105,7 @@ def test_loading_after_saving_is_the_identity(tmp_path, architecture):
             assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
+@pytest.mark.xfail(strict=True, reason="safetensors writes several metadata keys in random order; use one key")
 def test_the_same_weights_are_the_same_bytes(tmp_path):
     paths = [tmp_path / str(number) for number in range(5)]
     for path in paths:
@@ -171,7 +172,7 @@ def rewrite(path, tensors=None, metadata=None):
     """Write a saved file again with other tensors (None removes one) or metadata."""
     model = built(GRAY)
     state = {**load_file(path), **(tensors or {})}
-    described = {key: json.dumps(value) for key, value in (model.architecture._asdict() | (metadata or {})).items()}
+    described = {"architecture": json.dumps(model.architecture._asdict() | (metadata or {}))}
     save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path, described)
 
 
@@ -197,27 +198,33 @@ def test_weights_of_a_deeper_network_are_refused(saved):
     assert "'bn1.bias' has shape (2,), expected (4,)" in refusal(saved, GRAY._replace(network="resnet8w4"))
 
 
-METADATA = [
-    ("network", "vgg"),
-    ("network", None),
-    ("classes", "four"),
-    ("classes", -1),
-    ("classes", 1e400),
-    ("image_shape", []),
-    ("image_shape", [1, 8]),
-    ("image_shape", [-1, 8, 8]),
-    ("image_shape", [1, 8, -8]),
-    ("mean", []),
-    ("mean", [0.4, 0.4]),
-    ("mean", [float("nan")]),
-    ("std", [0.0]),
-    ("std", [-0.3]),
-    ("std", 0.3),
-]
+METADATA = {
+    "network unknown": ("network", "vgg"),
+    "network null": ("network", None),
+    "classes text": ("classes", "four"),
+    "classes negative": ("classes", -1),
+    "classes infinite": ("classes", 1e400),
+    "shape empty": ("image_shape", []),
+    "shape short": ("image_shape", [1, 8]),
+    "channels negative": ("image_shape", [-1, 8, 8]),
+    "width negative": ("image_shape", [1, 8, -8]),
+    "mean empty": ("mean", []),
+    "mean of more channels": ("mean", [0.4, 0.4]),
+    "mean NaN": ("mean", [float("nan")]),
+    "deviation zero": ("std", [0.0]),
+    "deviation negative": ("std", [-0.3]),
+    "deviation no list": ("std", 0.3),
+}
+METADATA_BROKEN = {
+    name: "_architecture_from converts the metadata and does not check it"
+    for name in METADATA
+    if name not in ("classes text", "deviation no list")
+}
 
 
-@pytest.mark.parametrize(("key", "value"), METADATA)
-def test_a_strangers_nonsense_in_the_metadata_is_refused(saved, key, value):
+@pytest.mark.parametrize("case", cases(METADATA, METADATA_BROKEN))
+def test_a_strangers_nonsense_in_the_metadata_is_refused(saved, case):
+    key, value = METADATA[case]
     rewrite(saved, metadata={key: value})
     refusal(saved)
 
