@@ -14,7 +14,6 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from click.testing import CliRunner
 from ruamel.yaml import YAML
@@ -49,13 +48,6 @@ TINY = {
     "runtime.threads": 1,
     "runtime.workers": 1,
 }
-
-
-def cases(names, broken=None):
-    """Parameters of a test by name; those in `broken`, name to reason, are known not to pass yet."""
-    marks = {name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in (broken or {}).items()}
-    assert marks.keys() <= set(names)
-    return [pytest.param(name, marks=marks.get(name, ()), id=name) for name in names]
 
 
 def tiny_images(rows=120, classes=4, shape=(1, 8, 8), seed=0):

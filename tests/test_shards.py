@@ -26,7 +26,6 @@ from pipeline.status import Status
 from pipeline.storage import Store, file_digest
 from pipeline.views import apply_views
 from tests.files import (
-    cases,
     change_manifest,
     contents,
     flip_bit,
@@ -434,7 +433,7 @@ def test_a_missing_manifest_is_named(tmp_path):
 NO_JSON = {"empty": b"", "cut": b"{", "binary": b"\xff\xfe", "deep": b"[" * 100_000}
 
 
-@pytest.mark.parametrize("case", cases(NO_JSON, {"deep": "read_manifest lets RecursionError through"}))
+@pytest.mark.parametrize("case", NO_JSON)
 def test_a_manifest_that_is_no_json_is_refused(copy, case):
     (copy / "bss/manifest.json").write_bytes(NO_JSON[case])
     assert "not valid JSON" in manifest_refusal(copy / "bss")
@@ -464,7 +463,7 @@ MANIFESTS = {
     "rows of a shard": (edit_shard(0, rows=23), "the blocks of view 0 do not add up to 64 rows"),
     "missing shard": (lambda values: values["shards"].pop(), "the shards are not 2 views of 2 blocks each"),
     "shard twice": (lambda values: values["shards"].append(values["shards"][0]), "the shards are not 2 views"),
-    "no shards": (lambda values: values.update(shards=[]), "the blocks of view 0 do not add up to 64 rows"),
+    "no shards": (lambda values: values.update(shards=[]), "2 views, but only 0 shards"),
     "more views": (lambda values: values.update(views=3), "the shards are not 3 views of 2 blocks each"),
     "totals": (lambda values: values["totals"].update(samples=1), "the totals are not the sums over the shards"),
     "statuses": (lambda values: values["totals"]["statuses"].update(converged=0), "the totals are not the sums"),
@@ -486,7 +485,6 @@ def test_an_unsound_manifest_is_refused_by_name(copy, case):
     assert expected in manifest_refusal(copy / "bss")
 
 
-@pytest.mark.xfail(strict=True, reason="_check_consistent counts through all views that a manifest claims")
 def test_a_manifest_of_endless_views_is_refused_at_once(copy):
     def change(values):
         values.update(shards=[], views=10_000_000)
