@@ -1,7 +1,12 @@
 """Fixtures of all tests."""
 
+import signal
+
 import pytest
 import torch
+
+# A shell that runs the tests in the background ignores Ctrl-C, and all that it starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -528,6 +528,16 @@ def test_an_interrupt_stops_all_seeds_at_once_and_says_one_thing(project, monkey
     assert stderr.split() == MESSAGE.split()
 
 
+def test_seeds_side_by_side_with_several_threads_each_end(project):
+    # Enough samples for torch to use its threads while it loads them.
+    write_params(project / "params.yaml", {"teacher.network": "resnet8w2", "attack.views": 10})
+    run("attack")
+    write_params(project / "params.yaml", {"runtime.workers": 2, "runtime.threads": 4})
+    code, stdout, stderr = finish(fork_stage(project, *student("bss")), timeout=15)
+    assert code == 0, stderr
+    assert "2 seeds (2 trained, 0 reused)" in stdout
+
+
 def imported_after(statement):
     """The names of the modules that a fresh Python has loaded after a statement."""
     code = f"{statement}\nimport sys, json\nprint(json.dumps(sorted(sys.modules)))"
