@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,8 +12,6 @@ from pipeline.errors import ParameterError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def choose_device(runtime: Runtime) -> torch.device:
@@ -40,13 +36,6 @@ def choose_device(runtime: Runtime) -> torch.device:
 def cpu_threads(runtime: Runtime) -> int:
     """How many threads this process may use."""
     return runtime.threads or len(os.sched_getaffinity(0))
-
-
-def end_with_parent(parent: int) -> None:
-    """Let the kernel kill this forked process when its parent dies, so that no orphan goes on (Linux)."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before
-        os._exit(1)
 
 
 def make_fabric(runtime: Runtime, precision: Literal["32-true", "bf16-mixed"]) -> Fabric:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,11 +14,12 @@ from pipeline.batches import Batch, FreshSource, Source
 from pipeline.config import Params
 from pipeline.data import Prepared
 from pipeline.errors import DataError, TrainingError
+from pipeline.forks import run_in_forks
 from pipeline.methods import LOSSES
 from pipeline.models import Architecture
 from pipeline.online_source import OnlineSource
 from pipeline.provenance import code_digest, fingerprint
-from pipeline.runtime import cpu_threads, end_with_parent
+from pipeline.runtime import cpu_threads
 from pipeline.shard_format import MANIFEST
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
@@ -144,29 +141,28 @@ class StudentRun:
         it does not matter in which order runs are made.
         """
         seeds, runtime = range(self.params.seeds), self.params.runtime
-        finished = [find_fit(self.store, self._key(seed)) for seed in seeds]
-        threads = cpu_threads(runtime)
-        workers = runtime.workers or threads
-        if self.fabric.device.type != "cpu" or workers == 1 or all(finished):
-            return [found or self.fit(seed) for seed, found in zip(seeds, finished, strict=True)]
-        threads_each = max(1, threads // workers)
-        torch.set_num_threads(threads_each)  # a fork must not inherit a pool of more threads than it is to use
-        if self.method.source == "shards":
-            self._shards()  # loaded here, the pages are shared by all workers
-        context = multiprocessing.get_context("fork")
-        arguments = (self, threads_each, context.Value("i", 0), os.getpid())
-        with ProcessPoolExecutor(min(len(seeds), workers), context, _start_worker, arguments) as pool:
+        unfinished = [seed for seed in seeds if find_fit(self.store, self._key(seed)) is None]
+        workers = runtime.workers or cpu_threads(runtime)
+        if self.fabric.device.type == "cpu" and workers > 1 and unfinished:
+            torch.set_num_threads(1)  # OpenMP's threads do not live on in a fork, which would wait for them for ever
+            if self.method.source == "shards":
+                self._shards()  # loaded here, the pages are shared by all workers
+            threads_each = max(1, cpu_threads(runtime) // workers)
             try:
-                return list(pool.map(_fit_in_worker, seeds))
-            except BrokenProcessPool:
+                run_in_forks([partial(self._fit_in_fork, seed, threads_each) for seed in unfinished], workers)
+            except ChildProcessError:
                 raise TrainingError(
                     f"{self.name}: a worker was killed, perhaps for want of memory; set runtime.workers to less than "
                     f"{workers}; finished seeds are kept"
                 ) from None
-            except BaseException:  # also Ctrl-C: do not wait for the other seeds
-                for process in multiprocessing.active_children():
-                    process.terminate()
-                raise
+            finally:
+                torch.set_num_threads(cpu_threads(runtime))
+        fits = [self.fit(seed) for seed in seeds]
+        return [fit._replace(reused=seed not in unfinished) for seed, fit in zip(seeds, fits, strict=True)]
+
+    def _fit_in_fork(self, seed: int, threads: int, slot: int) -> None:
+        torch.set_num_threads(threads)
+        self.fit(seed, slot)
 
     def _source(self, seed: int) -> Source:
         batch_size, device, dataset = self.params.training.batch_size, self.fabric.device, self.params.dataset
@@ -192,22 +188,3 @@ class StudentRun:
                 train=self.inputs.train,
             )
         return self._shard_source
-
-
-# A forked worker inherits the run with all its data; arguments of tasks would be pickled.
-_worker_run: StudentRun
-_worker_number: int
-
-
-def _start_worker(run: StudentRun, threads: int, started: Any, parent: int) -> None:
-    global _worker_run, _worker_number
-    end_with_parent(parent)
-    _worker_run = run
-    with started.get_lock():
-        _worker_number, started.value = started.value, started.value + 1
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent tells the user
-
-
-def _fit_in_worker(seed: int) -> Fit:
-    return _worker_run.fit(seed, _worker_number)

@@ -7,7 +7,7 @@ from pipeline.provenance import ROOT, closure_of, imported_by, path_of
 
 # Modules import only from layers above their own in this list.
 LAYERS = (
-    {"errors", "status", "networks", "provenance", "losses", "similarity"},
+    {"errors", "status", "networks", "provenance", "losses", "similarity", "forks"},
     {"storage", "config", "views", "projection"},
     {"shard_format", "runtime", "data", "models", "reporting", "boundary"},
     {"shard_store", "shard_writer", "shard_reader", "newton", "heo2019", "batches", "prediction"},

@@ -1,0 +1,92 @@
+"""Tasks side by side in forks of this process, which share what it has loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+Task = Callable[[int], None]
+"""Called with the number of its slot, counted from 0; leaves its result in files."""
+
+
+def run_in_forks(tasks: Iterable[Task], slots: int) -> None:
+    """Run tasks, so many at a time, each in a fork of this process, and wait for all.
+
+    The first error, or Ctrl-C, ends the tasks that still run, and the others do not begin. A fork hangs in torch
+    operations of several threads if this process has run such operations before: OpenMP's threads do not live on in it.
+
+    Raises:
+        ChildProcessError: a fork was killed.
+        Exception: what a task raised, with its traceback as a note.
+    """
+    waiting, running, free = list(tasks), dict[Any, _Fork](), list(range(slots))
+    try:
+        while waiting or running:
+            while waiting and free:
+                fork = _Fork(waiting.pop(0), free.pop(0))
+                running[fork.outcome] = fork
+            for outcome in wait(list(running)):
+                fork = running.pop(outcome)
+                free = sorted([*free, fork.slot])
+                fork.finish()
+    finally:
+        for fork in running.values():
+            fork.process.kill()
+            fork.process.join()
+
+
+class _Fork:
+    """A task that runs."""
+
+    def __init__(self, task: Task, slot: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self.slot = slot
+        self.outcome, sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=_run, args=(task, slot, sender, os.getpid()))
+        _start_without_interrupt(self.process)
+        sender.close()
+
+    def finish(self) -> None:
+        """Raise what the task raised."""
+        try:
+            error = self.outcome.recv()
+        except EOFError:
+            error = None
+        self.process.join()
+        if error is not None:
+            raise error
+        if self.process.exitcode == -signal.SIGINT:  # Ctrl-C, seen here before this process has its own signal
+            raise KeyboardInterrupt
+        if self.process.exitcode:
+            raise ChildProcessError(f"exit code {self.process.exitcode}")
+
+
+def _start_without_interrupt(process: Any) -> None:
+    """Fork at a time when Ctrl-C waits, until the fork has its own way to end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run(task: Task, slot: int, sender: Connection, parent: int) -> None:
+    """What a fork does."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no orphan goes on when the parent is killed (Linux)
+    if os.getppid() != parent:  # it was killed before
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent tells the user
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        task(slot)
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        sender.send(error)

@@ -1,0 +1,106 @@
+"""Tasks in forks."""
+
+import os
+import signal
+import time
+from functools import partial
+
+import pytest
+
+from pipeline.forks import run_in_forks
+
+
+def test_every_task_runs_once_and_no_slot_is_taken_twice_at_a_time(tmp_path):
+    def task(number, slot):
+        held = tmp_path / f"slot-{slot}"
+        held.mkdir()  # fails if another task has the slot
+        time.sleep(0.01 * (number % 3))
+        held.rmdir()
+        (tmp_path / f"task-{number}").write_text(f"{slot} {os.getpid()}")
+
+    run_in_forks([partial(task, number) for number in range(7)], 3)
+    results = [path.read_text().split() for path in sorted(tmp_path.glob("task-*"))]
+    assert len({process for _, process in results} | {str(os.getpid())}) == 8
+    assert {slot for slot, _ in results} == {"0", "1", "2"}
+
+
+def test_fewer_tasks_than_slots(tmp_path):
+    run_in_forks([], 4)
+    run_in_forks([lambda slot: (tmp_path / str(slot)).touch()], 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
+def sleep_in(directory):
+    """A task that says which process it is, then goes on for ever."""
+
+    def task(slot):
+        (directory / str(os.getpid())).touch()
+        time.sleep(1000)
+
+    return task
+
+
+def gone(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def after_one_sleeps(directory, act):
+    """A task that acts when another one has said which process it is."""
+
+    def task(slot):
+        while not list(directory.iterdir()):
+            time.sleep(0.01)
+        act()
+
+    return task
+
+
+def raise_large():
+    raise ValueError("x" * 1_000_000)  # more than a pipe holds
+
+
+@pytest.mark.parametrize(
+    ("act", "error"),
+    [
+        (raise_large, ValueError),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), ChildProcessError),
+        (lambda: os._exit(3), ChildProcessError),
+        (lambda: os.kill(os.getpid(), signal.SIGINT), KeyboardInterrupt),
+        (lambda: os.kill(os.getppid(), signal.SIGINT), KeyboardInterrupt),
+    ],
+)
+def test_the_first_to_fail_ends_all(tmp_path, act, error):
+    (tmp_path / "running").mkdir()
+    tasks = [sleep_in(tmp_path / "running"), after_one_sleeps(tmp_path / "running", act)]
+    with pytest.raises(error):
+        run_in_forks([*tasks, lambda slot: (tmp_path / "third").touch()], 2)
+    (process,) = (int(path.name) for path in (tmp_path / "running").iterdir())
+    assert gone(process)
+    assert not (tmp_path / "third").exists()
+
+
+def test_an_error_tells_where_it_was_raised():
+    with pytest.raises(ValueError, match="xxx") as caught:
+        run_in_forks([lambda slot: raise_large()], 1)
+    assert "in raise_large" in caught.value.__notes__[0]
+
+
+def test_forks_end_with_their_parent(tmp_path):
+    parent = os.fork()
+    if not parent:
+        try:
+            run_in_forks([sleep_in(tmp_path)] * 2, 2)
+        finally:
+            os._exit(1)
+    while len(forks := list(tmp_path.iterdir())) < 2:
+        time.sleep(0.01)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    deadline = time.monotonic() + 10
+    while not all(gone(int(path.name)) for path in forks):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
