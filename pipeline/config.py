@@ -41,10 +41,17 @@ class Section(BaseModel):
 class Dataset(Section):
     """The images and how views of them are drawn."""
 
-    name: Literal["digits"]
+    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder"]
+    path: Annotated[str, Field(min_length=1)] = Field(description="of an imagefolder; where others are downloaded to")
+    image_size: tuple[Count, Count] | None = Field(strict=False, description="height and width to resize to")
+    channels: Literal[1, 3] | None = Field(description="gray or RGB; by default, as the first image")
+    train_images: Count | None = Field(description="of the training part, at most, evenly by class")
+    skip_bad: bool = Field(description="leave out images that cannot be read, instead of an error")
     seed: Seed = Field(description="of the splits")
     test_fraction: Fraction = Field(description="split off where the dataset has no test part of its own")
-    validation_fraction: Fraction = Field(description="split off the training part, by class")
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="split off the training part, by class, where there is no validation part; 0 for none"
+    )
     padding: Annotated[int, Field(ge=0, le=64)] = Field(description="black pixels around the image, then a random crop")
     flip: bool = Field(description="mirror half of the views")
 

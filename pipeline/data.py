@@ -1,12 +1,13 @@
-"""Datasets by name, their splits, and the prepared files that every later stage reads."""
+"""Prepared files: one HDF5 file for each split, which every later stage reads."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -14,27 +15,21 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DataError
 from pipeline.provenance import fingerprint
-from pipeline.storage import written_hdf5
+from pipeline.storage import atomic_path, reserve
 
 SPLITS = ("train", "validation", "test")
-CHUNK_BYTES = 1 << 18
+BLOCK_BYTES = 1 << 22  # of images in memory at a time while files are written
+HEADER_BYTES = 1 << 16  # more than HDF5 needs around images and labels
 FACTS = ("class_names", "mean", "std", "digest")  # attributes of a prepared file
 
-
-class Images(NamedTuple):
-    """Labelled images."""
-
-    images: NDArray[np.uint8]
-    """(N, C, H, W)."""
-    labels: NDArray[np.int64]
-    """(N,), positions in the class names."""
+Images = NDArray[np.uint8]
+"""(N, C, H, W)."""
 
 
 class Prepared(NamedTuple):
-    """One split of a prepared dataset, in memory."""
+    """One split of a prepared dataset. Images that were read from a file stay there until they are looked at."""
 
-    images: NDArray[np.uint8]
-    """(N, C, H, W)."""
+    images: Images
     labels: NDArray[np.int64]
     """(N,)."""
     class_names: tuple[str, ...]
@@ -56,71 +51,24 @@ class Prepared(NamedTuple):
         return self._replace(images=self.images[::step], labels=self.labels[::step])
 
 
-def load_digits() -> tuple[Images, tuple[str, ...]]:
-    """The 1,797 handwritten digits (8x8, gray) that come with scikit-learn."""
-    from sklearn.datasets import load_digits as load  # imported here: slow, and no other dataset needs it
-
-    digits = load()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # the originals have 17 levels
-    return Images(pixels[:, None], digits.target.astype(np.int64)), tuple(map(str, digits.target_names))
+def rows_at_a_time(image_shape: Sequence[int]) -> int:
+    """Images of a block while files are written or checked."""
+    return max(1, BLOCK_BYTES // max(1, int(np.prod(image_shape))))
 
 
-SOURCES: dict[str, Callable[[], tuple[Images, tuple[str, ...]]]] = {"digits": load_digits}
+def blocks_of(images: Images) -> Iterator[Images]:
+    """The images, a few megabytes at a time."""
+    rows = rows_at_a_time(images.shape[1:])
+    return (images[start : start + rows] for start in range(0, len(images), rows))
 
 
-def split_by_class(labels: NDArray[np.int64], fraction: float, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Split rows into two parts so that each class contributes the same fraction to the second part.
-
-    Returns:
-        Sorted row numbers of the two parts.
-    """
-    generator = np.random.default_rng(seed)
-    taken = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        taken[generator.permutation(rows)[: round(fraction * len(rows))]] = True
-    return np.flatnonzero(~taken), np.flatnonzero(taken)
-
-
-def prepare(
-    data: Images, class_names: tuple[str, ...], test_fraction: float, validation_fraction: float, seed: int
-) -> dict[str, Prepared]:
-    """Split a dataset into train, validation and test; the statistics come from train alone.
-
-    Raises:
-        DataError: one class only, labels outside the classes, or a split without samples.
-    """
-    check_labels(data.labels, class_names, "the dataset")
-    rest, test = split_by_class(data.labels, test_fraction, seed)
-    train, validation = split_by_class(data.labels[rest], validation_fraction, seed + 1)
-    rows = {"train": rest[train], "validation": rest[validation], "test": test}
-    for name, chosen in rows.items():
-        if not len(chosen):
-            raise DataError(f"the {name} split is empty: {len(data.labels)} images are too few for these fractions")
-    pixels = data.images[rows["train"]].astype(np.float64) / 255
-    mean = tuple(map(float, pixels.mean((0, 2, 3))))
-    # A constant channel must not divide by zero.
-    std = tuple(float(max(value, 1 / 255)) for value in pixels.std((0, 2, 3)))
-    return {
-        name: _prepared(data.images[chosen], data.labels[chosen], class_names, mean, std)
-        for name, chosen in rows.items()
-    }
-
-
-def _prepared(
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
-    class_names: tuple[str, ...],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> Prepared:
-    return Prepared(images, labels, class_names, mean, std, content_digest(images, labels, class_names))
-
-
-def content_digest(images: NDArray[np.uint8], labels: NDArray[np.int64], class_names: Sequence[str]) -> str:
+def content_digest(
+    blocks: Iterable[Images], image_shape: Sequence[int], labels: NDArray[np.int64], class_names: Sequence[str]
+) -> str:
     """The sha256 of a split's content, in hexadecimal; independent of the file around it."""
-    digest = hashlib.sha256(json.dumps([images.shape, class_names]).encode())
-    digest.update(np.ascontiguousarray(images).data)
+    digest = hashlib.sha256(json.dumps([[len(labels), *image_shape], list(class_names)]).encode())
+    for block in blocks:
+        digest.update(np.ascontiguousarray(block).data)
     digest.update(np.ascontiguousarray(labels.astype("<i8")).data)
     return digest.hexdigest()
 
@@ -135,19 +83,40 @@ def check_labels(labels: NDArray[np.int64], class_names: tuple[str, ...], source
         raise DataError(f"{source}: label {labels[row]} of row {row} is outside the {len(class_names)} classes")
 
 
-def write_prepared(path: Path, split: Prepared) -> None:
-    """Write a split to an HDF5 file, atomically: `image`, `label` and attributes."""
-    with written_hdf5(path) as file:
-        rows = max(1, min(len(split.images), CHUNK_BYTES // split.images[0].nbytes))
-        file.create_dataset("image", data=split.images, chunks=(rows, *split.image_shape))
-        file.create_dataset("label", data=split.labels)
-        facts = {name: getattr(split, name) for name in FACTS}
-        for name, value in {**facts, "facts_digest": fingerprint(facts)}.items():
-            file.attrs[name] = json.dumps(value)
+def write_prepared(path: Path, split: Prepared, blocks: Iterable[Images] | None = None) -> None:
+    """Write a split to an HDF5 file, atomically: `image`, `label` and attributes.
+
+    The images are one unbroken piece of the file, so that readers can map it into memory. HDF5 makes room for them and
+    plain writes fill it: HDF5 itself cannot be trusted with a full disk, where it crashes when it closes its files.
+
+    Args:
+        path: the file.
+        split: its content; of its images only the shape counts if there are blocks.
+        blocks: the images, in order.
+    """
+    with atomic_path(path) as temporary:
+        size = split.images.nbytes
+        reserve(temporary, size + split.labels.nbytes + HEADER_BYTES)
+        with h5py.File(temporary, "w", libver=("v108", "v108")) as file:
+            layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            layout.set_obj_track_times(False)  # the same bytes at any time
+            space = h5py.h5s.create_simple(split.images.shape)
+            offset = h5py.h5d.create(file.id, b"image", h5py.h5t.STD_U8LE, space, layout).get_offset()
+            file.create_dataset("label", data=split.labels)
+            facts = {name: getattr(split, name) for name in FACTS}
+            for name, value in {**facts, "facts_digest": fingerprint(facts)}.items():
+                file.attrs[name] = json.dumps(value)
+        with open(temporary, "r+b") as stream:
+            if size:
+                stream.seek(offset)
+            for block in blocks_of(split.images) if blocks is None else blocks:
+                stream.write(np.ascontiguousarray(block).data)
 
 
 def read_prepared(path: Path) -> Prepared:
-    """Read a split and check its digest.
+    """Open a split and check its digest.
 
     Raises:
         DataError: the file is missing, truncated, changed since it was written, or its labels are unusable.
@@ -158,12 +127,31 @@ def read_prepared(path: Path) -> Prepared:
         with h5py.File(path, "r") as file:
             facts = {name: json.loads(file.attrs[name]) for name in FACTS}
             facts_digest = json.loads(file.attrs["facts_digest"])
-            images, labels = file["image"][:], file["label"][:]
+            images, labels = _mapped(path, file["image"]), file["label"][:]
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = f"not a whole prepared file ({error})"
         raise DataError(f"{path}: {reason}; make it again: python -m stages.prepare") from None
-    if fingerprint(facts) != facts_digest or content_digest(images, labels, facts["class_names"]) != facts["digest"]:
+    digest = content_digest(blocks_of(images), images.shape[1:], labels, facts["class_names"])
+    if fingerprint(facts) != facts_digest or digest != facts["digest"]:
         raise DataError(f"{path}: its content does not match its digest; make it again: python -m stages.prepare")
     names = tuple(facts["class_names"])
     check_labels(labels, names, path)
     return Prepared(images, labels, names, tuple(facts["mean"]), tuple(facts["std"]), facts["digest"])
+
+
+def read_validation(path: Path) -> Prepared | None:
+    """The validation split, which may be empty: then there is none."""
+    split = read_prepared(path)
+    return split if len(split.labels) else None
+
+
+def _mapped(path: Path, dataset: Any) -> Images:
+    """The images as pages of the file; a process that writes to them changes its own copy only."""
+    if dataset.dtype != np.uint8 or dataset.ndim != 4:
+        raise ValueError(f"images are {dataset.dtype} of {dataset.ndim} dimensions")
+    if not dataset.size:
+        return np.empty(dataset.shape, np.uint8)
+    offset = dataset.id.get_offset()
+    if offset is None or offset + dataset.size > os.path.getsize(path):
+        raise ValueError("its images are not in one piece")
+    return np.memmap(path, np.uint8, "c", offset, dataset.shape)

@@ -75,6 +75,12 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
+def reserve(path: Path, size: int) -> None:
+    """Take so many bytes of disk for a file that is about to be written, to fail now rather than half way."""
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, size))
+
+
 def existing_parent(path: Path) -> Path:
     """The nearest folder above `path` that exists."""
     return next(parent for parent in path.absolute().parents if parent.exists())

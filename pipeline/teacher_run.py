@@ -15,7 +15,7 @@ from pipeline.teacher import architecture_for
 from pipeline.training import Fit, fit
 
 
-def train_teacher(params: Params, train: Prepared, validation: Prepared, store: Store) -> Fit:
+def train_teacher(params: Params, train: Prepared, validation: Prepared | None, store: Store) -> Fit:
     """Train the teacher, or find the finished run; the validation split serves the curve only."""
     teacher, dataset = params.teacher, params.dataset
     architecture = architecture_for(teacher.network, train)
@@ -23,7 +23,7 @@ def train_teacher(params: Params, train: Prepared, validation: Prepared, store: 
         architecture._asdict(),
         teacher.model_dump(exclude={"weights"}),
         [dataset.padding, dataset.flip],
-        [train.digest, validation.digest],
+        [train.digest, validation.digest if validation is not None else None],
         code_digest("pipeline.teacher_run"),
     )
     fabric = make_fabric(params.runtime, teacher.training.precision)

@@ -7,30 +7,43 @@ from pathlib import Path
 import click
 
 from pipeline.config import load_params
-from pipeline.data import SOURCES, prepare, write_prepared
+from pipeline.datasets import open_dataset
+from pipeline.preparation import prepare
 from pipeline.storage import atomic_directory, lock
 from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
+
+BAD_IMAGES_NAMED = 5
 
 
 @click.command()
 @params_option
 @path_option("--out", "data/prepared", "Directory for the splits.")
+@click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be read, as with dataset.skip_bad.")
 @errors_in_one_line
-def main(params_path: Path, out: Path) -> None:
-    """Split a dataset into train, validation and test.
+def main(params_path: Path, out: Path, skip_bad: bool) -> None:
+    """Decode a dataset and split it into train, validation and test.
 
     Writes one HDF5 file per split: uint8 images (N, C, H, W), labels, class names, statistics of the training split.
 
     Example: python -m stages.prepare
     """
-    dataset = load_params(params_path).dataset
-    images, class_names = SOURCES[dataset.name]()
-    splits = prepare(images, class_names, dataset.test_fraction, dataset.validation_fraction, dataset.seed)
-    with lock(WORK / "prepare.lock", say), atomic_directory(out) as directory:
-        for name, split in splits.items():
-            write_prepared(directory / f"{name}.h5", split)
-    sizes = ", ".join(f"{name} {len(split.labels)}" for name, split in splits.items())
-    click.echo(f"wrote {out}: {dataset.name}, {len(class_names)} classes, images: {sizes}")
+    params = load_params(params_path)
+    dataset = params.dataset.model_copy(update={"skip_bad": params.dataset.skip_bad or skip_bad})
+    with (
+        lock(WORK / "prepare.lock", say),
+        atomic_directory(out) as directory,
+        open_dataset(dataset, directory) as source,
+    ):
+        written = prepare(source, dataset, directory, params.runtime.threads)
+    for problem in written.bad[:BAD_IMAGES_NAMED]:
+        say(f"skipped: {problem}")
+    channels, height, width = written.image_shape
+    sizes = ", ".join(f"{name} {count:,}" for name, count in written.counts.items())
+    skipped = f", {len(written.bad)} bad ones skipped" if written.bad else ""
+    click.echo(
+        f"wrote {out}: {dataset.name}, {len(written.class_names)} classes, {height}x{width}, "
+        f"{'gray' if channels == 1 else 'RGB'}, images: {sizes}{skipped}"
+    )
 
 
 if __name__ == "__main__":

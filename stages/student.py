@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
 import click
 
 from pipeline.config import load_params
-from pipeline.data import Prepared, read_prepared
+from pipeline.data import Prepared, read_prepared, read_validation
 from pipeline.errors import ParameterError
 from pipeline.runtime import make_fabric
 from pipeline.shard_reader import BoundaryShards
@@ -52,8 +53,8 @@ def main(
     out, reports = out or Path("models/students") / name, reports or Path("reports/students") / name
     source = params.method[method].source
     inputs = Inputs(
-        train=_split(prepared, "train", source != "shards"),
-        validation=_split(prepared, "validation", source != "shards"),
+        train=_read(read_prepared, prepared / "train.h5", source != "shards"),
+        validation=_read(read_validation, prepared / "validation.h5", source != "shards"),
         shards=BoundaryShards(shards) if source == "shards" else None,
         teacher=teacher if source == "online" else None,
     )
@@ -73,9 +74,8 @@ def main(
     click.echo(f"wrote {out}: {len(fits)} seeds ({len(fits) - reused} trained, {reused} reused){figures}")
 
 
-def _split(prepared: Path, name: str, needed: bool) -> Prepared | None:
-    path = prepared / f"{name}.h5"
-    return read_prepared(path) if needed or path.exists() else None
+def _read(read: Callable[[Path], Prepared | None], path: Path, needed: bool) -> Prepared | None:
+    return read(path) if needed or path.exists() else None
 
 
 if __name__ == "__main__":

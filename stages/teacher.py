@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pipeline.config import load_params
-from pipeline.data import read_prepared
+from pipeline.data import read_prepared, read_validation
 from pipeline.models import load_weights, save_weights
 from pipeline.prediction import accuracy
 from pipeline.runtime import choose_device
@@ -32,7 +32,7 @@ def main(params_path: Path, prepared: Path, out: Path, reports: Path) -> None:
     Example: python -m stages.teacher
     """
     params = load_params(params_path)
-    train, validation = read_prepared(prepared / "train.h5"), read_prepared(prepared / "validation.h5")
+    train, validation = read_prepared(prepared / "train.h5"), read_validation(prepared / "validation.h5")
     if params.teacher.weights:
         teacher = load_weights(Path(params.teacher.weights), architecture_for(params.teacher.network, train))
         curve: list[dict[str, float]] = []
@@ -43,10 +43,9 @@ def main(params_path: Path, prepared: Path, out: Path, reports: Path) -> None:
         teacher, curve = load_weights(result.weights), result.curve
         origin = "finished before" if result.reused else f"trained for {params.teacher.training.epochs} epochs"
     device = choose_device(params.runtime)
-    metrics = {
-        "train_accuracy": checked_accuracy(teacher, train, device),
-        "validation_accuracy": accuracy(teacher, validation, device),
-    }
+    metrics = {"train_accuracy": checked_accuracy(teacher, train, device)}
+    if validation is not None:
+        metrics["validation_accuracy"] = accuracy(teacher, validation, device)
     save_weights(teacher, out)
     write_json(reports / "metrics.json", metrics)
     write_atomically(reports / "curves.csv", curve_csv([({}, curve)]))

@@ -22,10 +22,12 @@ from torch.nn import functional as F
 from pipeline.attack import Search
 from pipeline.attack_run import SampleDataset
 from pipeline.config import check_params
-from pipeline.data import Images, content_digest, prepare, write_prepared
+from pipeline.data import write_prepared
 from pipeline.models import build, load_weights, save_weights
+from pipeline.preparation import channel_statistics, split_by_class
 from pipeline.storage import Store, file_digest
 from pipeline.teacher import architecture_for
+from tests.helpers import in_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -51,24 +53,28 @@ TINY = {
 
 
 def tiny_images(rows=120, classes=4, shape=(1, 8, 8), seed=0):
-    """Noisy copies of one random picture per class, in turn: easy to tell apart."""
+    """Images and labels: noisy copies of one random picture per class, in turn, easy to tell apart."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (classes, shape[0], -(-shape[1] // 2), -(-shape[2] // 2)))
     pictures = coarse.repeat(2, 2).repeat(2, 3)[:, :, : shape[1], : shape[2]]
     labels = np.arange(rows, dtype=np.int64) % classes
     noisy = pictures[labels] + generator.normal(0, 40, (rows, *shape))
-    return Images(np.rint(noisy.clip(0, 255)).astype(np.uint8), labels)
+    return np.rint(noisy.clip(0, 255)).astype(np.uint8), labels
 
 
 def tiny_splits():
     """Train, validation and test of tiny images: 64, 24 and 32 rows."""
-    return prepare(tiny_images(), CLASS_NAMES, test_fraction=0.25, validation_fraction=0.25, seed=0)
+    images, labels = tiny_images()
+    rest, test = split_by_class(labels, 0.25, 0)
+    train, validation = (rest[rows] for rows in split_by_class(labels[rest], 0.25, 1))
+    statistics = channel_statistics([images[train]])
+    rows = {"train": train, "validation": validation, "test": test}
+    return {name: in_memory(images[rows], labels[rows], CLASS_NAMES, *statistics) for name, rows in rows.items()}
 
 
 def relabelled(split, labels):
     """The same images with other labels."""
-    digest = content_digest(split.images, labels, split.class_names)
-    return split._replace(labels=labels, digest=digest)
+    return in_memory(split.images, labels, split.class_names, split.mean, split.std)
 
 
 def mislabelled(split, rows=5):

@@ -84,8 +84,13 @@ def random_prepared(seed, rows, shape=(1, 8, 8), classes=4, model=None):
     if model is not None:
         labels = model(torch.from_numpy(images).float() / 255).argmax(1).numpy()
     names = tuple(f"class {number}" for number in range(classes))
-    digest = content_digest(images, labels, names)
-    return Prepared(images, labels, names, (0.5,) * channels, (0.25,) * channels, digest)
+    return in_memory(images, labels, names, (0.5,) * channels, (0.25,) * channels)
+
+
+def in_memory(images, labels, class_names, mean, std):
+    """A split that is in no file."""
+    digest = content_digest([images], images.shape[1:], labels, class_names)
+    return Prepared(images, labels, class_names, mean, std, digest)
 
 
 def attack_parameters(**changes):
@@ -103,8 +108,21 @@ def attack_parameters(**changes):
     return Attack(**(values | changes))
 
 
-def dataset_parameters(padding=1, flip=True):
-    return Dataset(name="digits", seed=0, test_fraction=0.25, validation_fraction=0.25, padding=padding, flip=flip)
+def dataset_parameters(**changes):
+    values = {
+        "name": "digits",
+        "path": "data/raw",
+        "image_size": None,
+        "channels": None,
+        "train_images": None,
+        "skip_bad": False,
+        "seed": 0,
+        "test_fraction": 0.25,
+        "validation_fraction": 0.25,
+        "padding": 1,
+        "flip": True,
+    }
+    return Dataset(**(values | changes))
 
 
 def distillation_parameters(**changes):

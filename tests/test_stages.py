@@ -67,7 +67,7 @@ def chain(tmp_path_factory):
 def test_every_stage_ends_with_a_line_that_says_what_it_wrote(chain):
     _, output = chain
     written = {
-        "prepare": "data/prepared: digits, 10 classes, images: train 170, validation 1537, test 90",
+        "prepare": "data/prepared: digits, 10 classes, 8x8, gray, images: train 170, validation 1,537, test 90",
         "teacher": "models/teacher.safetensors: resnet8w4, trained for 8 epochs",
         "attack": "data/bss: 16 shards (16 computed, 0 reused), 340 samples",
         "evaluate": "reports/evaluation: 8 students on 90 test images",
@@ -301,7 +301,7 @@ def shuffled_labels(project):
 def prepared_image_changed(project):
     path = project / "data/prepared/train.h5"
     with h5py.File(path, "r") as file:
-        position = file["image"].id.get_chunk_info(0).byte_offset
+        position = file["image"].id.get_offset()
     flip_bit(path, position + 10)
 
 
