@@ -75,8 +75,6 @@ BAD = [
     ("dataset.test_fraction", 0, "greater than 0"),
     ("dataset.test_fraction", 1, "less than 1"),
     ("dataset.validation_fraction", -0.1, "greater than or equal to 0"),
-    ("dataset.image_size", [32], "image_size"),
-    ("dataset.image_size", [32, 0], "greater than or equal to 1"),
     ("dataset.channels", 2, "1 or 3"),
     ("dataset.train_images", 0, "greater than or equal to 1"),
     ("dataset.path", "", "at least 1 character"),
@@ -113,6 +111,10 @@ def test_a_bad_value_is_named_with_what_was_expected_and_what_came(key, value, e
 def test_a_bad_item_of_a_list_is_named_by_its_position():
     assert "training.milestones.1: Input should be less than 1 (got 1.5)" in refusal(
         {"training.milestones": [0.5, 1.5]}
+    )
+    assert "dataset.image_size.1: missing" in refusal({"dataset.image_size": [32]})
+    assert "dataset.image_size.1: Input should be greater than or equal to 1" in refusal(
+        {"dataset.image_size": [32, 0]}
     )
     message = refusal({"students": ["resnet8w2", "vgg"]})
     assert "students.1: " in message
