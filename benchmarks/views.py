@@ -18,13 +18,13 @@ from pipeline.attack import Search
 from pipeline.attack_run import SampleDataset
 from pipeline.config import Params, load_params
 from pipeline.data import Prepared, read_prepared
-from pipeline.models import load_weights
 from pipeline.prediction import accuracy
 from pipeline.runtime import make_fabric
 from pipeline.shard_reader import BoundaryShards
 from pipeline.storage import Store, lock, write_atomically, write_json
 from pipeline.student_run import Inputs, StudentRun
 from pipeline.teacher import load_for
+from pipeline.weights import load_weights
 from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
 
 VIEWS = (1, 2, 4, 8, 16)

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.errors import ParameterError
-from pipeline.networks import resnet_size
+from pipeline.networks import check_network
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -25,7 +25,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
 
 
 def _known_network(name: str) -> str:
-    resnet_size(name)
+    check_network(name)
     return name
 
 
@@ -74,8 +74,16 @@ class Teacher(Section):
 
     network: NetworkName
     weights: str | None = Field(description="safetensors file to import instead of training")
+    mean: list[float] | None = Field(description="per channel, to normalise by; by default, of the training split")
+    std: list[Positive] | None = Field(description="per channel, to normalise by; by default, of the training split")
     seed: Seed
     training: Training
+
+    @model_validator(mode="after")
+    def _normalisation_is_whole(self) -> Teacher:
+        if len(self.mean or []) != len(self.std or []):
+            raise ValueError("'mean' and 'std' take as many values, one for each channel")
+        return self
 
 
 class Attack(Section):

@@ -4,19 +4,43 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from pipeline.config import Teacher
 from pipeline.data import Prepared
 from pipeline.errors import WeightsError
-from pipeline.models import Architecture, Classifier, load_weights
+from pipeline.models import Architecture, Classifier
 from pipeline.prediction import accuracy
+from pipeline.weights import load_weights, read_architecture
 
-WORST_TEACHER = 1.5  # times chance: below this accuracy there is no boundary worth supporting
+MARGIN_OVER_CHANCE = 0.05  # of the way from chance to 1: below, there is no boundary worth supporting
+CLASSES_NAMED = 10  # in messages
 
 
 def architecture_for(network: str, data: Prepared) -> Architecture:
     """The architecture of a named network for a dataset."""
     return Architecture(network, len(data.class_names), data.image_shape, data.mean, data.std)
+
+
+def teacher_architecture(teacher: Teacher, data: Prepared) -> Architecture:
+    """The architecture of the teacher; it normalises as the parameters say, else as its weights file, else as the data.
+
+    Raises:
+        WeightsError: the parameters give another number of channels than the images have.
+    """
+    architecture = architecture_for(teacher.network, data)
+    described = read_architecture(Path(teacher.weights)) if teacher.weights else None
+    if teacher.mean and teacher.std:
+        architecture = architecture._replace(mean=tuple(teacher.mean), std=tuple(teacher.std))
+    elif described:
+        architecture = architecture._replace(mean=described.mean, std=described.std)
+    if len(architecture.mean) != data.image_shape[0]:
+        raise WeightsError(
+            f"the teacher normalises {len(architecture.mean)} channels, the images have {data.image_shape[0]}: set "
+            "teacher.mean and teacher.std, or dataset.channels"
+        )
+    return architecture
 
 
 def load_for(path: Path, data: Prepared, role: str) -> Classifier:
@@ -39,13 +63,15 @@ def checked_accuracy(teacher: Classifier, data: Prepared, device: torch.device) 
     """The teacher's accuracy on a split, refused when it is near chance.
 
     Raises:
-        WeightsError: the accuracy is less than 1.5 times chance.
+        WeightsError: it is hardly better than to name the largest class for every image.
     """
     value = accuracy(teacher.to(device), data, device)
-    chance = 1 / len(data.class_names)
-    if value < WORST_TEACHER * chance:
+    chance = float(np.bincount(data.labels).max() / len(data.labels))
+    if value < chance + MARGIN_OVER_CHANCE * (1 - chance):
         raise WeightsError(
             f"the teacher classifies {value:.1%} of the images correctly, chance is {chance:.1%}: train it longer, or "
-            "check that its classes are in the order of the prepared data"
+            "check its normalisation and that its classes are in the order of the prepared data: "
+            + ", ".join(data.class_names[:CLASSES_NAMED])
+            + (", ..." if len(data.class_names) > CLASSES_NAMED else "")
         )
     return value

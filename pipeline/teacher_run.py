@@ -11,14 +11,14 @@ from pipeline.data import Prepared
 from pipeline.provenance import code_digest, fingerprint
 from pipeline.runtime import make_fabric
 from pipeline.storage import Store
-from pipeline.teacher import architecture_for
+from pipeline.teacher import teacher_architecture
 from pipeline.training import Fit, fit
 
 
 def train_teacher(params: Params, train: Prepared, validation: Prepared | None, store: Store) -> Fit:
     """Train the teacher, or find the finished run; the validation split serves the curve only."""
     teacher, dataset = params.teacher, params.dataset
-    architecture = architecture_for(teacher.network, train)
+    architecture = teacher_architecture(teacher, train)
     key = fingerprint(
         architecture._asdict(),
         teacher.model_dump(exclude={"weights"}),

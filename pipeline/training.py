@@ -19,9 +19,10 @@ from pipeline.batches import Batch, Source
 from pipeline.config import Training
 from pipeline.data import Prepared
 from pipeline.errors import TrainingError
-from pipeline.models import Architecture, Classifier, build, save_weights
+from pipeline.models import Architecture, Classifier, build
 from pipeline.prediction import accuracy
 from pipeline.storage import Store, write_atomically, write_json
+from pipeline.weights import save_weights
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

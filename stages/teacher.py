@@ -8,33 +8,36 @@ import click
 
 from pipeline.config import load_params
 from pipeline.data import read_prepared, read_validation
-from pipeline.models import load_weights, save_weights
 from pipeline.prediction import accuracy
 from pipeline.runtime import choose_device
 from pipeline.storage import Store, lock, write_atomically, write_json
-from pipeline.teacher import architecture_for, checked_accuracy
+from pipeline.teacher import checked_accuracy, teacher_architecture
 from pipeline.teacher_run import train_teacher
 from pipeline.training import curve_csv
-from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
+from pipeline.weights import convert_state_dict, load_weights, save_weights
+from stages.cli import PATH, WORK, errors_in_one_line, params_option, path_option, say
 
 
-@click.command()
+@click.group(invoke_without_command=True)
+@click.pass_context
 @params_option
 @path_option("--prepared", "data/prepared", "Directory of the prepared splits.")
 @path_option("--out", "models/teacher.safetensors", "Weights of the teacher.")
 @path_option("--reports", "reports/teacher", "Directory for metrics and curve.")
 @errors_in_one_line
-def main(params_path: Path, prepared: Path, out: Path, reports: Path) -> None:
+def main(context: click.Context, params_path: Path, prepared: Path, out: Path, reports: Path) -> None:
     """Train the teacher, or import and check the weights named by `teacher.weights`.
 
     Writes weights (safetensors), metrics.json (accuracy on training and validation split, fractions) and curves.csv.
 
     Example: python -m stages.teacher
     """
+    if context.invoked_subcommand:
+        return
     params = load_params(params_path)
     train, validation = read_prepared(prepared / "train.h5"), read_validation(prepared / "validation.h5")
     if params.teacher.weights:
-        teacher = load_weights(Path(params.teacher.weights), architecture_for(params.teacher.network, train))
+        teacher = load_weights(Path(params.teacher.weights), teacher_architecture(params.teacher, train))
         curve: list[dict[str, float]] = []
         origin = f"imported from {params.teacher.weights}"
     else:
@@ -51,6 +54,20 @@ def main(params_path: Path, prepared: Path, out: Path, reports: Path) -> None:
     write_atomically(reports / "curves.csv", curve_csv([({}, curve)]))
     figures = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in metrics.items())
     click.echo(f"wrote {out}: {params.teacher.network}, {origin}, {figures}")
+
+
+@main.command()
+@click.argument("weights", type=PATH)
+@click.option("--out", type=PATH, help="File to write.  [default: beside WEIGHTS, as .safetensors]")
+@errors_in_one_line
+def convert(weights: Path, out: Path | None) -> None:
+    """Turn a pickled state dict (.pt, .pth) into safetensors; nothing but tensors is loaded from it.
+
+    Example: python -m stages.teacher convert resnet26.pt
+    """
+    out = out or weights.with_suffix(".safetensors")
+    count = convert_state_dict(weights, out)
+    click.echo(f"wrote {out}: {count} tensors; to import it, set teacher.weights: {out}")
 
 
 if __name__ == "__main__":

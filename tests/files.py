@@ -23,10 +23,11 @@ from pipeline.attack import Search
 from pipeline.attack_run import SampleDataset
 from pipeline.config import check_params
 from pipeline.data import write_prepared
-from pipeline.models import build, load_weights, save_weights
+from pipeline.models import build
 from pipeline.preparation import channel_statistics, split_by_class
 from pipeline.storage import Store, file_digest
 from pipeline.teacher import architecture_for
+from pipeline.weights import load_weights, save_weights
 from tests.helpers import in_memory
 
 ROOT = Path(__file__).resolve().parent.parent

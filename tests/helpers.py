@@ -10,8 +10,9 @@ from pipeline.attack import Search
 from pipeline.attack_run import SampleDataset
 from pipeline.config import Attack, Dataset, Distillation
 from pipeline.data import Prepared, content_digest
-from pipeline.models import Architecture, Classifier, build, load_weights, save_weights
+from pipeline.models import Architecture, Classifier, build
 from pipeline.storage import Store
+from pipeline.weights import load_weights, save_weights
 
 CPU = torch.device("cpu")
 
@@ -46,20 +47,25 @@ def tiny_resnet(seed, classes=4, shape=(1, 8, 8), std=0.25, gain=4.0, dtype=torc
         std: of the normalisation; the mean is 0.5.
         gain: standard deviation of the logits over uniform images.
     """
+    architecture = Architecture("resnet8w2", classes, shape, (0.5,) * shape[0], (std,) * shape[0])
+    return untrained(architecture, random_images(seed, 256, shape), seed, gain).to(dtype)
+
+
+def untrained(architecture, images, seed=0, gain=4.0):
+    """A classifier for evaluation whose random logits depend on the image and give every class its share of images."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = build(Architecture("resnet8w2", classes, shape, (0.5,) * shape[0], (std,) * shape[0]))
-        images = random_images(seed, 256, shape)
+        model = build(architecture)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None  # one pass sets the running statistics
         model.train()(images)
         logits = model.eval()(images)
-        layer = model.network.linear
+        layer = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
         scale = gain / logits.std()
         layer.bias.copy_((layer.bias - logits.mean(0)) * scale)
         layer.weight.mul_(scale)
-    return model.to(dtype).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def top_two(model, images):

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from pipeline.attack import draw_targets
 from pipeline.boundary import judge, margin_of, probability_margin
 from pipeline.heo2019 import heo2019
-from pipeline.models import Architecture, folded, load_weights
+from pipeline.models import Architecture, folded
 from pipeline.newton import newton
 from pipeline.projection import project
 from pipeline.status import Status
+from pipeline.weights import load_weights
 from tests.helpers import (
     linear_classifier,
     other_classes,

@@ -7,10 +7,20 @@ from pipeline.provenance import ROOT, closure_of, imported_by, path_of
 
 # Modules import only from layers above their own in this list.
 LAYERS = (
-    {"errors", "status", "networks", "provenance", "losses", "similarity", "forks"},
+    {"errors", "status", "networks", "provenance", "losses", "similarity", "forks", "resnet"},
     {"storage", "config", "views", "projection", "image_files"},
     {"shard_format", "runtime", "data", "datasets", "models", "reporting", "boundary"},
-    {"preparation", "shard_store", "shard_writer", "shard_reader", "newton", "heo2019", "batches", "prediction"},
+    {
+        "preparation",
+        "weights",
+        "shard_store",
+        "shard_writer",
+        "shard_reader",
+        "newton",
+        "heo2019",
+        "batches",
+        "prediction",
+    },
     {"attack", "teacher", "shard_source", "methods", "evaluation", "training"},
     {"attack_run", "online_source", "teacher_run"},
     {"student_run"},

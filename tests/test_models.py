@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.errors import WeightsError
-from pipeline.models import Architecture, BasicBlock, Classifier, build, folded, load_weights, save_weights
+from pipeline.models import Architecture, Classifier, build, folded
+from pipeline.resnet import BasicBlock
+from pipeline.weights import convert_state_dict, load_weights, save_weights
 from tests.files import tiny_teacher, truncate
 
 GRAY = Architecture("resnet8w2", 4, (1, 8, 8), (0.4,), (0.3,))
@@ -119,7 +121,7 @@ def test_weights_of_a_plain_network_load_with_an_architecture(tmp_path):
     state = {name: tensor for name, tensor in model.network.state_dict().items() if "num_batches" not in name}
     save_file(state, path)
     assert torch.equal(load_weights(path, GRAY).eval()(images_for(GRAY)), model(images_for(GRAY)))
-    with pytest.raises(WeightsError, match="no usable description of its network"):
+    with pytest.raises(WeightsError, match="no description of its network"):
         load_weights(path)
 
 
@@ -157,7 +159,7 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path, content):
     torch.save(content, path)
     message = refusal(path, GRAY)
     assert "Pickled weights" in message
-    assert "safetensors.torch.save_file" in message
+    assert f"python -m stages.teacher convert {path}" in message
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -1])
@@ -283,3 +285,56 @@ def test_gradients_of_the_folded_copy_are_those_of_the_model():
         network(images)[:, 1].sum().backward()
         gradients.append(images.grad.numpy())
     np.testing.assert_allclose(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
+
+
+CHECKPOINTS = {
+    "plain": lambda state: state,
+    "nested": lambda state: {"epoch": 3, "state_dict": state, "optimizer": {"lr": 0.1}},
+    "parallel": lambda state: {"net": {f"module.{name}": tensor for name, tensor in state.items()}, "acc": 92.5},
+    "compiled": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
+    "compiled and parallel": lambda state: {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()},
+    "without counters": lambda state: {name: state[name] for name in state if not name.endswith("batches_tracked")},
+}
+
+
+@pytest.mark.parametrize("form", CHECKPOINTS)
+def test_a_pickled_state_dict_is_converted_to_weights_that_load(tmp_path, form):
+    model = built(GRAY)
+    torch.save(CHECKPOINTS[form](model.network.state_dict()), tmp_path / "teacher.pt")
+    count = convert_state_dict(tmp_path / "teacher.pt", tmp_path / "teacher.safetensors")
+    assert count == len(load_file(tmp_path / "teacher.safetensors"))
+    images = images_for(GRAY)
+    assert torch.equal(load_weights(tmp_path / "teacher.safetensors", GRAY).eval()(images), model(images))
+
+
+def test_tensors_that_share_memory_are_converted(tmp_path):
+    whole = torch.arange(6.0)
+    torch.save({"a": whole[:4], "b": whole[2:], "c": whole.view(2, 3).T}, tmp_path / "shared.pt")
+    convert_state_dict(tmp_path / "shared.pt", tmp_path / "shared.safetensors")
+    converted = load_file(tmp_path / "shared.safetensors")
+    assert converted["b"].tolist() == [2, 3, 4, 5]
+    assert torch.equal(converted["c"], whole.view(2, 3).T)
+
+
+NO_STATE_DICT = {
+    "code": (lambda path: torch.save(Trap(), path), "cannot be loaded as tensors alone"),
+    "a whole model": (lambda path: torch.save(nn.Linear(2, 2), path), "save model.state_dict()"),
+    "a list": (lambda path: torch.save([torch.zeros(2)], path), "holds no state dict"),
+    "numbers": (lambda path: torch.save({"epoch": 3}, path), "holds no state dict"),
+    "nothing": (lambda path: path.write_bytes(b""), "cannot be loaded as tensors alone"),
+    "text": (lambda path: path.write_text("weights\n"), "cannot be loaded as tensors alone"),
+    "missing": (lambda path: None, "no such weights file"),
+}
+
+
+@pytest.mark.parametrize("case", NO_STATE_DICT)
+def test_what_is_no_state_dict_is_not_converted(tmp_path, case):
+    write, expected = NO_STATE_DICT[case]
+    path = tmp_path / "teacher.pt"
+    write(path)
+    with pytest.raises(WeightsError) as caught:
+        convert_state_dict(path, tmp_path / "teacher.safetensors")
+    assert str(path) in str(caught.value)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "teacher.safetensors").exists()

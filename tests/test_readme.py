@@ -5,9 +5,9 @@ import re
 import numpy as np
 
 from pipeline.boundary import probability_margin
-from pipeline.models import load_weights
 from pipeline.provenance import ROOT
 from pipeline.shard_reader import BoundaryShards
+from pipeline.weights import load_weights
 from tests.helpers import attack_parameters, make_shards, random_prepared, tiny_resnet
 
 LONGEST_EXAMPLE = 10  # lines

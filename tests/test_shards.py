@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from pipeline.attack import Block
 from pipeline.errors import ParameterError, ShardError
-from pipeline.models import save_weights
 from pipeline.shard_format import columns_of, find_problems, read_columns, read_manifest, shard_name
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_store import adopt
@@ -25,6 +24,7 @@ from pipeline.shard_writer import write_shard
 from pipeline.status import Status
 from pipeline.storage import Store, file_digest
 from pipeline.views import apply_views
+from pipeline.weights import save_weights
 from tests.files import (
     change_manifest,
     contents,

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import training
 from pipeline.data import read_prepared, write_prepared
-from pipeline.models import build, load_weights, save_weights
+from pipeline.models import Classifier, build
+from pipeline.weights import load_weights, save_weights
 from tests.files import (
     ROOT,
     contents,
@@ -32,6 +33,7 @@ from tests.files import (
     truncate,
     write_params,
 )
+from tests.helpers import tiny_resnet
 
 STAGES = ("prepare", "teacher", "attack", "student", "evaluate", "report")
 METHODS = ("original", "hinton", "bss", "bss_online")
@@ -358,6 +360,12 @@ BAD = {
         "given: not a readable safetensors file",
     ),
     "import nothing": (import_weights(lambda path: None), ("teacher",), 1, "given: no such weights file"),
+    "import weights for other channels": (
+        import_weights(lambda path: save_weights(tiny_resnet(0, shape=(3, 8, 8)), path)),
+        ("teacher",),
+        1,
+        "the teacher normalises 3 channels, the images have 1: set teacher.mean and teacher.std",
+    ),
     "import a teacher near chance": (
         import_weights(untrained_teacher),
         ("teacher",),
@@ -537,6 +545,42 @@ def test_seeds_side_by_side_with_several_threads_each_end(project):
     code, stdout, stderr = finish(start_stage(project, *student("bss")))
     assert code == 0, stderr
     assert "2 seeds (2 trained, 0 reused)" in stdout
+
+
+def given_teacher(project, changes=None):
+    """A teacher's weights in the file `given` that are right for another normalisation than the prepared data's."""
+    teacher = tiny_teacher()
+    mean, std = teacher.architecture.mean[0], teacher.architecture.std[0]
+    with torch.no_grad():  # the same function of the pixels with deviation 0.5
+        conv = teacher.network.conv1
+        conv.weight.mul_(0.5 / std)
+    other = Classifier(teacher.network, teacher.architecture._replace(mean=(mean,), std=(0.5,)))
+    save_weights(other.eval(), project / "given")
+    write_params(
+        project / "params.yaml", {"teacher.network": "resnet8w2", "teacher.weights": "given"} | (changes or {})
+    )
+    return mean
+
+
+def test_an_imported_teacher_normalises_as_its_file_says_or_the_parameters(project):
+    mean = given_teacher(project)
+    assert "imported from given, train accuracy 100.0%" in run("teacher")
+    described = load_weights(project / "models/teacher.safetensors").architecture
+    assert described.std == (0.5,)
+    save_file(load_file(project / "given"), project / "given")  # as published weights are: without a description
+    run("teacher")
+    assert load_weights(project / "models/teacher.safetensors").architecture.std != (0.5,)
+    given = {"teacher.weights": "given", "teacher.network": "resnet8w2", "teacher.mean": [mean], "teacher.std": [0.5]}
+    write_params(project / "params.yaml", given)
+    run("teacher")
+    assert load_weights(project / "models/teacher.safetensors").architecture == described
+
+
+def test_a_pickled_teacher_is_converted_and_imported(project):
+    torch.save({"net": tiny_teacher().network.state_dict()}, project / "mine.pt")
+    assert "set teacher.weights: mine.safetensors" in run("teacher", "convert", "mine.pt")
+    write_params(project / "params.yaml", {"teacher.network": "resnet8w2", "teacher.weights": "mine.safetensors"})
+    assert "imported from mine.safetensors, train accuracy 100.0%" in run("teacher")
 
 
 def imported_after(statement):

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from pipeline import training
 from pipeline.batches import FreshSource
 from pipeline.errors import DataError, TrainingError
-from pipeline.models import load_weights
 from pipeline.runtime import make_fabric
 from pipeline.shard_reader import BoundaryShards
 from pipeline.storage import Store
 from pipeline.student_run import Inputs, StudentRun
 from pipeline.teacher import architecture_for
 from pipeline.training import DIGEST_BYTES, curve_csv, fit, learning_rate
+from pipeline.weights import load_weights
 from tests.files import (
     CPU,
     ROOT,
