@@ -9,7 +9,7 @@ from pipeline.provenance import ROOT, closure_of, imported_by, path_of
 LAYERS = (
     {"errors", "status", "networks", "provenance", "losses", "similarity", "forks", "resnet"},
     {"storage", "config", "views", "projection", "image_files"},
-    {"shard_format", "runtime", "data", "datasets", "models", "reporting", "boundary"},
+    {"shard_format", "runtime", "data", "datasets", "presets", "models", "reporting", "boundary"},
     {
         "preparation",
         "weights",

@@ -1,0 +1,32 @@
+"""Presets and single values laid over params.yaml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.presets import configure
+from stages.cli import errors_in_one_line, params_option
+
+
+@click.command()
+@click.argument("overlays", metavar="[PRESET.yaml | KEY=VALUE]...", nargs=-1, required=True)
+@params_option
+@errors_in_one_line
+def main(overlays: tuple[str, ...], params_path: Path) -> None:
+    """Lay presets and single values over the parameter file, in order; its comments stay.
+
+    presets/ has datasets (digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagefolder) and recipes (quick,
+    paper). The result is checked before it is written. presets/digits.yaml brings all defaults back.
+
+    Example: python -m stages.configure presets/cifar10.yaml presets/paper.yaml attack.views=16
+    """
+    changes = configure(params_path, list(overlays))
+    for change in changes:
+        click.echo(change)
+    click.echo(f"wrote {params_path}: {len(changes)} changed" if changes else f"{params_path}: nothing to change")
+
+
+if __name__ == "__main__":
+    main()
