@@ -127,6 +127,12 @@ class Distillation(Section):
     boundary_moves_statistics: bool = Field(description="boundary samples move batch norm's running statistics")
 
 
+class Evaluation(Section):
+    """What is measured on the test split."""
+
+    similarity_images: Count | None = Field(description="for MagSim and AngSim, about, evenly spread; by default all")
+
+
 class Runtime(Section):
     """The machine: changes results by rounding at most, and is in no stage's parameters."""
 
@@ -148,6 +154,7 @@ class Params(Section):
     method: dict[Name, Method]
     training: Training = Field(description="of the students")
     distillation: Distillation
+    evaluation: Evaluation
     runtime: Runtime
 
     @model_validator(mode="after")

@@ -32,7 +32,9 @@ class TeacherSide(NamedTuple):
     runner_up: Tensor
     """(N,) int64: the best class but the label, by the teacher."""
     perturbation: Tensor
-    """(N, C, H, W) to the teacher's boundary between label and runner-up; NaN where there is none."""
+    """(M, C, H, W) to the teacher's boundary between label and runner-up, of every `step`-th image; NaN where there is
+    none."""
+    step: int
 
 
 class Comparison(NamedTuple):
@@ -43,19 +45,22 @@ class Comparison(NamedTuple):
     divergence: float
     """KL(teacher || student), nats."""
     magnitude: NDArray[np.float64]
-    """(N,) magnitude similarity per image, NaN where left out."""
+    """(M,) magnitude similarity per image that was compared, NaN where left out."""
     angle: NDArray[np.float64]
-    """(N,) angle similarity per image, NaN where left out."""
+    """(M,) angle similarity per image that was compared, NaN where left out."""
 
 
-def teacher_side(teacher: Classifier, data: Prepared, device: torch.device, batch_size: int) -> TeacherSide:
-    """Run the teacher and its boundary searches over a split."""
+def teacher_side(
+    teacher: Classifier, data: Prepared, device: torch.device, batch_size: int, images: int | None = None
+) -> TeacherSide:
+    """Run the teacher over a split, and its boundary searches over about so many of its images, or all."""
     teacher = teacher.to(device)
     logits = predict(teacher, data.images, device)
     labels = torch.from_numpy(data.labels).to(device)
     runner_up = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
-    perturbation = _perturbations(teacher, data, logits, labels, runner_up, batch_size)
-    return TeacherSide(logits, labels, runner_up, perturbation)
+    step = 1 if images is None else max(1, len(labels) // images)
+    perturbation = _perturbations(teacher, data, logits, labels, runner_up, batch_size, step)
+    return TeacherSide(logits, labels, runner_up, perturbation, step)
 
 
 def compare(
@@ -68,7 +73,7 @@ def compare(
     """
     student = student.to(device)
     logits = predict(student, data.images, device)
-    perturbation = _perturbations(student, data, logits, teacher.labels, teacher.runner_up, batch_size)
+    perturbation = _perturbations(student, data, logits, teacher.labels, teacher.runner_up, batch_size, teacher.step)
     return Comparison(
         accuracy=float(multiclass_accuracy(logits, teacher.labels, logits.shape[1], average="micro")),
         agreement=float(agreement(logits, teacher.logits)),
@@ -79,10 +84,11 @@ def compare(
 
 
 def _perturbations(
-    model: Classifier, data: Prepared, logits: Tensor, base: Tensor, target: Tensor, batch_size: int
+    model: Classifier, data: Prepared, logits: Tensor, base: Tensor, target: Tensor, batch_size: int, step: int
 ) -> Tensor:
-    """(N, C, H, W) perturbations to a model's own boundary, NaN where the model is wrong or nothing was found."""
-    images = torch.from_numpy(data.images).to(logits.device).float() / 255
+    """(M, C, H, W) perturbations to a model's own boundary, NaN where the model is wrong or nothing was found."""
+    images = torch.from_numpy(np.ascontiguousarray(data.images[::step])).to(logits.device).float() / 255
+    logits, base, target = logits[::step], base[::step], target[::step]
     rows = (logits.argmax(1) == base).nonzero().squeeze(1)
     result = torch.full_like(images, torch.nan)
     if len(rows):
@@ -101,7 +107,7 @@ def _perturbations(
 
 
 def common_pairs(comparisons: Iterable[Comparison]) -> NDArray[np.bool_]:
-    """(N,) images whose pair of perturbations is defined for every student: weak students get no easier ones."""
+    """(M,) images whose pair of perturbations is defined for every student: weak students get no easier ones."""
     magnitudes = np.stack([comparison.magnitude for comparison in comparisons])
     return np.asarray(np.isfinite(magnitudes).all(axis=0))
 

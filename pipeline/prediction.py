@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from pipeline.data import Prepared
 
-PREDICTION_BATCH = 1024
+PREDICTION_PIXELS = 1024 * 32 * 32  # of a batch
 
 
 @torch.no_grad()
 def predict(model: nn.Module, images: NDArray[np.uint8], device: torch.device) -> Tensor:
     """Logits (N, classes) on the device, of uint8 images (N, C, H, W), with the model in evaluation mode."""
     model.eval()
-    batches = torch.split(torch.from_numpy(images), PREDICTION_BATCH)
-    return torch.cat([model(batch.to(device).float() / 255) for batch in batches])
+    rows = min(1024, max(1, PREDICTION_PIXELS // (images.shape[2] * images.shape[3])))
+    return torch.cat([model(batch.to(device).float() / 255) for batch in torch.split(torch.from_numpy(images), rows)])
 
 
 def accuracy(model: nn.Module, data: Prepared, device: torch.device) -> float:

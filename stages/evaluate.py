@@ -37,7 +37,7 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
     """Measure accuracy, agreement with the teacher, MagSim and AngSim on the test split.
 
     Writes teacher.json, STUDENT-METHOD.json (one record per seed; fractions) and pairs.h5 with the similarities of
-    each pair of perturbations by image, NaN where a pair was left out.
+    each pair of perturbations, NaN where a pair was left out; evenly spread images give one.
 
     Example: python -m stages.evaluate
     """
@@ -45,7 +45,7 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
     test = read_prepared(prepared / "test.h5")
     model = load_for(teacher, test, "teacher")
     device = choose_device(params.runtime)
-    batch_size = params.runtime.search_batch
+    batch_size, images = params.runtime.search_batch, params.evaluation.similarity_images
     store, code, side = Store(WORK / "comparisons"), code_digest("pipeline.evaluation"), None
     with lock(WORK / "evaluate.lock", say):
         comparisons: dict[tuple[str, int], Comparison] = {}
@@ -54,9 +54,9 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
         for name, seed in tqdm(runs, desc="evaluate", unit="student", disable=None, leave=False):
             weights = students / name / f"seed-{seed}.safetensors"
             student = load_for(weights, test, "student")
-            key = f"{fingerprint(file_digest(weights), file_digest(teacher), test.digest, code)}/comparison.h5"
+            key = f"{fingerprint(file_digest(weights), file_digest(teacher), test.digest, images, code)}/comparison.h5"
             if store.find(key) is None:
-                side = side or teacher_side(model, test, device, batch_size)
+                side = side or teacher_side(model, test, device, batch_size, images)
                 write_comparison(store.path(key), compare(student, side, test, device, batch_size))
                 store.seal(key)
             comparisons[name, seed] = read_comparison(store.path(key))
