@@ -18,6 +18,7 @@ from pipeline.attack import Search
 from pipeline.attack_run import SampleDataset
 from pipeline.config import Params, load_params
 from pipeline.data import Prepared, read_prepared
+from pipeline.models import placed
 from pipeline.prediction import accuracy
 from pipeline.runtime import make_fabric
 from pipeline.shard_reader import BoundaryShards
@@ -62,9 +63,8 @@ def _measure(params: Params, draws: int) -> Iterator[dict[str, Any]]:
 
     def accuracies(method: str, shards: BoundaryShards | None) -> list[float]:
         run = StudentRun(params, student, method, Inputs(train, None, shards, TEACHER), fabric, Store(WORK / "fits"))
-        return [
-            accuracy(load_weights(fit.weights).to(fabric.device), validation, fabric.device) for fit in run.fit_all()
-        ]
+        models = [placed(load_weights(fit.weights), fabric.device) for fit in run.fit_all()]
+        return [accuracy(model, validation, fabric.device) for model in models]
 
     for method in ("hinton_online", "bss_online"):
         yield {"method": method, "views": None, "draw": None, "accuracy": accuracies(method, None)}

@@ -13,7 +13,7 @@ from pipeline.boundary import SearchResult, logits_in_batches
 from pipeline.config import Attack, Dataset
 from pipeline.data import Prepared
 from pipeline.heo2019 import heo2019
-from pipeline.models import Classifier, folded
+from pipeline.models import Classifier, folded, placed
 from pipeline.newton import newton
 from pipeline.status import Status
 from pipeline.views import Stream, apply_views, draw_views, uniforms
@@ -41,7 +41,7 @@ class Search:
     def __init__(
         self, teacher: Classifier, attack: Attack, dataset: Dataset, device: torch.device, batch_size: int
     ) -> None:
-        self.teacher = teacher.to(device).eval().requires_grad_(False)
+        self.teacher = placed(teacher, device).eval().requires_grad_(False)
         self.attack, self.dataset, self.device, self.batch_size = attack, dataset, device, batch_size
         # The search runs on a faster copy of the network; what is recorded comes from the network itself.
         self.fast = folded(self.teacher)

@@ -45,6 +45,26 @@ class Batch:
     boundary: Callable[[Tensor], BoundaryBatch] | None = None
     """Boundary-supporting samples of rows (M,)."""
 
+    def part(self, number: int, parts: int) -> tuple[Batch, float]:
+        """The share of one of several processes, and the factor by which its mean loss counts in the mean over all.
+
+        A process without a row gets the first one, with factor 0.
+        """
+        if parts == 1:
+            return self, 1.0
+        total = len(self.labels)
+        rows = torch.arange(total, device=self.labels.device)[number::parts]
+        factor = len(rows) * parts / total
+        rows = rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=self.labels.device)
+        boundary = self.boundary
+        return Batch(
+            self.images[rows],
+            self.labels[rows],
+            None if self.teacher_logits is None else self.teacher_logits[rows],
+            None if self.usable is None else self.usable[rows],
+            None if boundary is None else lambda chosen: boundary(rows[chosen]),
+        ), factor
+
 
 class Source(Protocol):
     """Where batches come from."""

@@ -137,6 +137,7 @@ class Runtime(Section):
     """The machine: changes results by rounding at most, and is in no stage's parameters."""
 
     device: Literal["auto", "cpu", "cuda"]
+    devices: Count = Field(description="GPUs, or CPU processes, that share the batches of a training run")
     threads: Count | None = Field(description="of the CPU; by default all cores")
     workers: Count | None = Field(description="seeds trained side by side on a CPU; by default one a core")
     search_batch: Count = Field(description="samples per batch of the boundary search")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from pipeline.data import Prepared
-from pipeline.models import Classifier, folded
+from pipeline.models import Classifier, folded, placed
 from pipeline.newton import newton
 from pipeline.prediction import predict
 from pipeline.similarity import agreement, angle_similarity, magnitude_similarity, teacher_divergence
@@ -54,7 +54,7 @@ def teacher_side(
     teacher: Classifier, data: Prepared, device: torch.device, batch_size: int, images: int | None = None
 ) -> TeacherSide:
     """Run the teacher over a split, and its boundary searches over about so many of its images, or all."""
-    teacher = teacher.to(device)
+    teacher = placed(teacher, device)
     logits = predict(teacher, data.images, device)
     labels = torch.from_numpy(data.labels).to(device)
     runner_up = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
@@ -71,7 +71,7 @@ def compare(
     Pairs of perturbations are taken from images that both classify correctly, towards the teacher's runner-up; pairs
     in which a search did not converge are left out (NaN).
     """
-    student = student.to(device)
+    student = placed(student, device)
     logits = predict(student, data.images, device)
     perturbation = _perturbations(student, data, logits, teacher.labels, teacher.runner_up, batch_size, teacher.step)
     return Comparison(

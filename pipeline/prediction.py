@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.data import Prepared
 
-PREDICTION_PIXELS = 1024 * 32 * 32  # of a batch
+PREDICTION_PIXELS = 256 * 32 * 32  # of a batch: larger ones make a CPU ask for fresh memory in every layer
 
 
 @torch.no_grad()

@@ -39,10 +39,30 @@ def cpu_threads(runtime: Runtime) -> int:
 
 
 def make_fabric(runtime: Runtime, precision: Literal["32-true", "bf16-mixed"]) -> Fabric:
-    """Lightning Fabric for training: device placement, precision, several processes."""
+    """Lightning Fabric for training: device placement, precision, several processes.
+
+    Under torchrun this process is one of its processes; otherwise `runtime.devices` of them are started.
+
+    Raises:
+        ParameterError: there are fewer GPUs than asked for.
+    """
     from lightning_fabric import Fabric  # imported here: slow, and only training needs it
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
     device = choose_device(runtime)
-    fabric = Fabric(accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, precision=precision)
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.devices))
+    nodes = int(os.environ.get("WORLD_SIZE", devices)) // devices if "LOCAL_WORLD_SIZE" in os.environ else 1
+    if device.type == "cuda" and devices > torch.cuda.device_count():
+        raise ParameterError(f"runtime.devices: {devices} GPUs are asked for, torch finds {torch.cuda.device_count()}")
+    fabric = Fabric(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=devices,
+        num_nodes=nodes,
+        # Buffers stay: a step runs the network twice, and batch norm's statistics must not change in between.
+        strategy=DDPStrategy(broadcast_buffers=False) if devices * nodes > 1 else "auto",
+        precision=precision,
+    )
     fabric.launch()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, cpu_threads(runtime) // devices))
     return fabric

@@ -143,7 +143,7 @@ class StudentRun:
         seeds, runtime = range(self.params.seeds), self.params.runtime
         unfinished = [seed for seed in seeds if find_fit(self.store, self._key(seed)) is None]
         workers = runtime.workers or cpu_threads(runtime)
-        if self.fabric.device.type == "cpu" and workers > 1 and unfinished:
+        if self.fabric.device.type == "cpu" and self.fabric.world_size == 1 and workers > 1 and unfinished:
             torch.set_num_threads(1)  # OpenMP's threads do not live on in a fork, which would wait for them for ever
             if self.method.source == "shards":
                 self._shards()  # loaded here, the pages are shared by all workers

@@ -10,7 +10,7 @@ import torch
 from pipeline.config import Teacher
 from pipeline.data import Prepared
 from pipeline.errors import WeightsError
-from pipeline.models import Architecture, Classifier
+from pipeline.models import Architecture, Classifier, placed
 from pipeline.prediction import accuracy
 from pipeline.weights import load_weights, read_architecture
 
@@ -65,7 +65,7 @@ def checked_accuracy(teacher: Classifier, data: Prepared, device: torch.device) 
     Raises:
         WeightsError: it is hardly better than to name the largest class for every image.
     """
-    value = accuracy(teacher.to(device), data, device)
+    value = accuracy(placed(teacher, device), data, device)
     chance = float(np.bincount(data.labels).max() / len(data.labels))
     if value < chance + MARGIN_OVER_CHANCE * (1 - chance):
         raise WeightsError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -9,13 +11,15 @@ from pipeline.batches import Batch, FreshSource
 from pipeline.config import Params
 from pipeline.data import Prepared
 from pipeline.provenance import code_digest, fingerprint
-from pipeline.runtime import make_fabric
 from pipeline.storage import Store
 from pipeline.teacher import teacher_architecture
 from pipeline.training import Fit, fit
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
-def train_teacher(params: Params, train: Prepared, validation: Prepared | None, store: Store) -> Fit:
+
+def train_teacher(params: Params, train: Prepared, validation: Prepared | None, fabric: Fabric, store: Store) -> Fit:
     """Train the teacher, or find the finished run; the validation split serves the curve only."""
     teacher, dataset = params.teacher, params.dataset
     architecture = teacher_architecture(teacher, train)
@@ -26,7 +30,6 @@ def train_teacher(params: Params, train: Prepared, validation: Prepared | None, 
         [train.digest, validation.digest if validation is not None else None],
         code_digest("pipeline.teacher_run"),
     )
-    fabric = make_fabric(params.runtime, teacher.training.precision)
 
     def source() -> FreshSource:
         batch_size = teacher.training.batch_size

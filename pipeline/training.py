@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from pipeline.batches import Batch, Source
 from pipeline.config import Training
 from pipeline.data import Prepared
 from pipeline.errors import TrainingError
-from pipeline.models import Architecture, Classifier, build
+from pipeline.models import Architecture, Classifier, build, placed
 from pipeline.prediction import accuracy
 from pipeline.storage import Store, write_atomically, write_json
 from pipeline.weights import save_weights
@@ -68,6 +68,8 @@ def fit(
 ) -> Fit:
     """Train a network from scratch, or return the finished run of the same fingerprint.
 
+    Several processes share each batch and end with the same weights; the first one writes the files.
+
     Args:
         fabric: device, precision, processes.
         store: where checkpoints and finished runs are kept.
@@ -92,12 +94,14 @@ def fit(
     curve = _Run(fabric, classifier, training, store.path(f"{key}/checkpoint.pt")).train(
         source(), loss_of, seed, validation, description, bar_position
     )
-    save_weights(classifier, store.path(f"{key}/{WEIGHTS}"))
-    write_json(store.path(f"{key}/{CURVE}"), curve)
-    result = Fit(store.seal(f"{key}/{WEIGHTS}"), curve, reused=False)
-    store.seal(f"{key}/{CURVE}")
-    store.path(f"{key}/checkpoint.pt").unlink(missing_ok=True)
-    return result
+    if fabric.is_global_zero:
+        save_weights(classifier, store.path(f"{key}/{WEIGHTS}"))
+        write_json(store.path(f"{key}/{CURVE}"), curve)
+        for name in (WEIGHTS, CURVE):
+            store.seal(f"{key}/{name}")
+        store.path(f"{key}/checkpoint.pt").unlink(missing_ok=True)
+    fabric.barrier()
+    return Fit(store.path(f"{key}/{WEIGHTS}"), curve, reused=False)
 
 
 def find_fit(store: Store, key: str) -> Fit | None:
@@ -110,6 +114,7 @@ class _Run:
     """A network in training, with its optimiser, schedule and checkpoint."""
 
     def __init__(self, fabric: Fabric, classifier: Classifier, training: Training, checkpoint: Path) -> None:
+        classifier = placed(classifier, fabric.device)
         optimizer = torch.optim.SGD(
             classifier.parameters(), training.learning_rate, training.momentum, weight_decay=training.weight_decay
         )
@@ -136,17 +141,18 @@ class _Run:
             desc=description,
             unit="epoch",
             position=bar_position,
-            disable=None,
+            disable=None if self.fabric.is_global_zero else True,
             leave=False,
         ) as bar:
             for epoch in range(len(self.curve), epochs):
-                torch.manual_seed(seed * epochs + epoch)  # for layers that draw, such as dropout
+                # For layers that draw, such as dropout: in every process something else.
+                torch.manual_seed(seed * epochs + epoch + self.fabric.global_rank)
                 row = {"epoch": epoch + 1.0, "learning_rate": learning_rate(self.training, epoch)}
                 row["loss"] = self._epoch(source, loss_of, epoch)
                 if validation is not None:
                     row["validation_accuracy"] = accuracy(self.model, validation, self.fabric.device)
                 self.curve.append(row)
-                if time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+                if self.fabric.is_global_zero and time.monotonic() - self.saved > CHECKPOINT_SECONDS:
                     self._save()
                 bar.update()
         if not all(torch.isfinite(value).all() for value in self.classifier.state_dict().values()):
@@ -159,13 +165,14 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.training, epoch)
         losses = []
-        for batch in source.epoch(epoch):
-            loss = loss_of(self.model, batch, epoch / self.training.epochs)
+        for whole in source.epoch(epoch):
+            batch, factor = whole.part(self.fabric.global_rank, self.fabric.world_size)
+            loss = factor * loss_of(self.model, batch, epoch / self.training.epochs)
             self.optimizer.zero_grad()
             self.fabric.backward(loss)
             self.optimizer.step()
             losses.append(loss.detach())
-        values = torch.stack(losses).double().cpu()
+        values = cast(Tensor, self.fabric.all_reduce(torch.stack(losses))).double().cpu()
         if not torch.isfinite(values).all():
             step = int((~torch.isfinite(values)).int().argmax()) + 1
             kept = f"; the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else ""

@@ -18,6 +18,7 @@ from pipeline.evaluation import (
     teacher_side,
     write_comparison,
 )
+from pipeline.models import placed
 from pipeline.prediction import accuracy
 from pipeline.provenance import code_digest, fingerprint
 from pipeline.runtime import choose_device
@@ -63,7 +64,7 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
 
         common = common_pairs(comparisons.values())
         with atomic_directory(out) as directory:
-            write_json(directory / "teacher.json", {"accuracy": accuracy(model.to(device), test, device)})
+            write_json(directory / "teacher.json", {"accuracy": accuracy(placed(model, device), test, device)})
             # No groups: they would record when they were made.
             with written_hdf5(directory / "pairs.h5") as pairs:
                 for (name, seed), comparison in comparisons.items():

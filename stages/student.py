@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
 
@@ -60,8 +61,10 @@ def main(
     )
     fabric = make_fabric(params.runtime, params.training.precision)
     run = StudentRun(params, student, method, inputs, fabric, Store(WORK / "fits"))
-    with lock(WORK / f"student-{name}.lock", say):
+    with lock(WORK / f"student-{name}.lock", say) if fabric.is_global_zero else nullcontext():
         fits = run.fit_all()
+        if not fabric.is_global_zero:
+            return
         with atomic_directory(out) as directory:
             for seed, fit in enumerate(fits):
                 copy_file(fit.weights, directory / f"seed-{seed}.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ import click
 from pipeline.config import load_params
 from pipeline.data import read_prepared, read_validation
 from pipeline.prediction import accuracy
-from pipeline.runtime import choose_device
+from pipeline.runtime import choose_device, make_fabric
 from pipeline.storage import Store, lock, write_atomically, write_json
 from pipeline.teacher import checked_accuracy, teacher_architecture
 from pipeline.teacher_run import train_teacher
@@ -41,8 +42,11 @@ def main(context: click.Context, params_path: Path, prepared: Path, out: Path, r
         curve: list[dict[str, float]] = []
         origin = f"imported from {params.teacher.weights}"
     else:
-        with lock(WORK / "teacher.lock", say):
-            result = train_teacher(params, train, validation, Store(WORK / "fits"))
+        fabric = make_fabric(params.runtime, params.teacher.training.precision)
+        with lock(WORK / "teacher.lock", say) if fabric.is_global_zero else nullcontext():
+            result = train_teacher(params, train, validation, fabric, Store(WORK / "fits"))
+        if not fabric.is_global_zero:
+            return
         teacher, curve = load_weights(result.weights), result.curve
         origin = "finished before" if result.reused else f"trained for {params.teacher.training.epochs} epochs"
     device = choose_device(params.runtime)

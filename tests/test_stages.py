@@ -602,3 +602,36 @@ def test_no_stage_needs_dvc():
     modules = imported_after("import " + ", ".join(f"stages.{name}" for name in names if name != "__init__"))
     assert "stages.student" in modules
     assert not {name for name in modules if name.split(".")[0] in ("dvc", "dvclive")}
+
+
+def two_processes(project, launcher, method, student="timm.test_mambaout"):
+    """Train with two processes by a launcher; returns the weights of seed 0."""
+    write_params(project / "params.yaml", {"seeds": 1, "runtime.devices": 2 if launcher == "fabric" else 1})
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["--student", student, "--method", method, "--out", launcher]
+    result = subprocess.run(
+        [sys.executable, *(torchrun if launcher == "torchrun" else []), "-m", "stages.student", *arguments],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("wrote ") == 1
+    return load_file(project / launcher / "seed-0.safetensors")
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "fabric"])
+def test_two_processes_end_with_the_weights_of_one(project, launcher):
+    write_params(project / "params.yaml", {"seeds": 1})
+    run("student", "--student", "timm.test_mambaout", "--method", "original", "--out", "one")
+    shutil.rmtree(project / ".work")
+    one, two = load_file(project / "one/seed-0.safetensors"), two_processes(project, launcher, "original")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_train_from_shards(project):
+    weights = two_processes(project, "fabric", "bss", "resnet8w2")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())

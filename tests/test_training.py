@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch.nn import functional as F
 
 from pipeline import training
-from pipeline.batches import FreshSource
+from pipeline.batches import Batch, FreshSource
 from pipeline.errors import DataError, TrainingError
 from pipeline.runtime import make_fabric
 from pipeline.shard_reader import BoundaryShards
@@ -404,3 +404,27 @@ def test_a_fits_fingerprint_holds_what_its_method_reads_and_nothing_else(tmp_pat
 def test_a_missing_input_is_named(tmp_path, sample_directory, method, missing, expected):
     with pytest.raises(DataError, match=f"resnet8w2-{method}: {expected}"):
         student_run(tmp_path, sample_directory, method, **{missing: None})
+
+
+def batch_of(rows):
+    images = torch.arange(rows * 4.0).view(rows, 1, 2, 2)
+    labels = torch.arange(rows)
+    return Batch(images, labels, images.flatten(1), labels % 2 == 0, lambda chosen: (images[chosen], chosen))
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(8, 2), (7, 2), (7, 3), (1, 3), (5, 1)])
+def test_parts_of_a_batch_are_the_whole_and_their_mean_is_its_mean(rows, parts):
+    whole = batch_of(rows)
+    split = [whole.part(number, parts) for number in range(parts)]
+    real = [(part, factor) for part, factor in split if factor]
+    assert sorted(int(label) for part, _ in real for label in part.labels) == list(range(rows))
+    mean = sum(factor * part.images.double().mean() for part, factor in split) / parts
+    torch.testing.assert_close(mean, whole.images.double().mean())
+    for part, _ in split:
+        assert torch.equal(part.images, whole.images[part.labels])
+        assert torch.equal(part.teacher_logits, whole.teacher_logits[part.labels])
+        assert torch.equal(part.usable, whole.usable[part.labels])
+        chosen = torch.tensor([len(part.labels) - 1])
+        images, at = part.boundary(chosen)
+        assert torch.equal(images, part.images[chosen])
+        assert torch.equal(at, part.labels[chosen])
