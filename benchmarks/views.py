@@ -20,7 +20,7 @@ from pipeline.config import Params, load_params
 from pipeline.data import Prepared, read_prepared
 from pipeline.models import placed
 from pipeline.prediction import accuracy
-from pipeline.runtime import make_fabric
+from pipeline.runtime import make_fabric, search_batch
 from pipeline.shard_reader import BoundaryShards
 from pipeline.storage import Store, lock, write_atomically, write_json
 from pipeline.student_run import Inputs, StudentRun
@@ -82,7 +82,8 @@ def _published(params: Params, train: Prepared, draw: int, views: int, device: t
     missing = dataset.missing()
     if missing:
         teacher = load_for(TEACHER, train, "teacher")
-        for _ in dataset.make(Search(teacher, attack, params.dataset, device, params.runtime.search_batch), missing):
+        batch = search_batch(params.runtime, device)
+        for _ in dataset.make(Search(teacher, attack, params.dataset, device, batch), missing):
             pass
     directory = WORK / "views" / f"draw-{draw}-views-{views}"
     dataset.publish(directory)

@@ -38,6 +38,11 @@ def cpu_threads(runtime: Runtime) -> int:
     return runtime.threads or len(os.sched_getaffinity(0))
 
 
+def search_batch(runtime: Runtime, device: torch.device) -> int:
+    """Samples per batch of the boundary search; large ones make a CPU ask for fresh memory in every layer."""
+    return runtime.search_batch or (128 if device.type == "cpu" else 2048)
+
+
 def make_fabric(runtime: Runtime, precision: Literal["32-true", "bf16-mixed"]) -> Fabric:
     """Lightning Fabric for training: device placement, precision, several processes.
 

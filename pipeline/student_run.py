@@ -19,7 +19,7 @@ from pipeline.methods import LOSSES
 from pipeline.models import Architecture
 from pipeline.online_source import OnlineSource
 from pipeline.provenance import code_digest, fingerprint
-from pipeline.runtime import cpu_threads
+from pipeline.runtime import cpu_threads, search_batch
 from pipeline.shard_format import MANIFEST
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
@@ -172,8 +172,8 @@ class StudentRun:
         fresh = FreshSource(self.inputs.train, dataset.padding, dataset.flip, seed, batch_size, device)
         if self.method.source == "fresh":
             return fresh
-        search_batch = self.params.runtime.search_batch
-        return OnlineSource(fresh, Search(self._teacher, self.params.attack, dataset, device, search_batch))
+        batch = search_batch(self.params.runtime, device)
+        return OnlineSource(fresh, Search(self._teacher, self.params.attack, dataset, device, batch))
 
     def _shards(self) -> ShardSource:
         """The shards, loaded once for all seeds."""

@@ -11,7 +11,7 @@ from pipeline.attack import Search
 from pipeline.attack_run import SampleDataset
 from pipeline.config import load_params
 from pipeline.data import read_prepared
-from pipeline.runtime import choose_device
+from pipeline.runtime import choose_device, search_batch
 from pipeline.storage import Store, lock
 from pipeline.teacher import checked_accuracy, load_for
 from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
@@ -43,7 +43,8 @@ def main(params_path: Path, prepared: Path, teacher: Path, out: Path, prune: boo
         missing = dataset.missing()
         if missing:
             checked_accuracy(model, train.thinned(TEACHER_CHECK), device)
-            search = Search(model, params.attack, params.dataset, device, params.runtime.search_batch)
+            batch = search_batch(params.runtime, device)
+            search = Search(model, params.attack, params.dataset, device, batch)
             bar = tqdm(total=sum(b.rows for b in missing), desc="attack", unit="view", unit_scale=True, disable=None)
             with bar:
                 for block in dataset.make(search, missing):

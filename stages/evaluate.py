@@ -21,7 +21,7 @@ from pipeline.evaluation import (
 from pipeline.models import placed
 from pipeline.prediction import accuracy
 from pipeline.provenance import code_digest, fingerprint
-from pipeline.runtime import choose_device
+from pipeline.runtime import choose_device, search_batch
 from pipeline.storage import Store, atomic_directory, file_digest, lock, write_json, written_hdf5
 from pipeline.teacher import load_for
 from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
@@ -46,7 +46,7 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
     test = read_prepared(prepared / "test.h5")
     model = load_for(teacher, test, "teacher")
     device = choose_device(params.runtime)
-    batch_size, images = params.runtime.search_batch, params.evaluation.similarity_images
+    batch_size, images = search_batch(params.runtime, device), params.evaluation.similarity_images
     store, code, side = Store(WORK / "comparisons"), code_digest("pipeline.evaluation"), None
     with lock(WORK / "evaluate.lock", say):
         comparisons: dict[tuple[str, int], Comparison] = {}

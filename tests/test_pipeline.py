@@ -1,13 +1,17 @@
 """The whole pipeline through `dvc repro`, in a clone of its own, on a tiny configuration."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 
+import numpy as np
 import pytest
+from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline.provenance import ROOT
@@ -21,8 +25,9 @@ def clone(tmp_path_factory):
     directory = tmp_path_factory.mktemp("clone") / "project"
     directory.mkdir()
     for name in ("pipeline", "stages", "data", ".dvc"):
-        ignore = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local", "prepared", "bss")
+        ignore = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local", "prepared", "bss", "raw")
         shutil.copytree(ROOT / name, directory / name, ignore=ignore)
+    (directory / "data/raw").mkdir()
     for name in ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, directory / name)
     change_params(
@@ -58,18 +63,29 @@ def change_params(directory, changes):
 
 
 def repro(directory, *arguments):
-    """What `dvc repro` prints; the running Python's commands come first on the path."""
+    """What `dvc repro` prints."""
+    return dvc(directory, "repro", *arguments)
+
+
+def dvc(directory, *arguments, environment=None):
+    """What a DVC command prints that must end well; the running Python's commands come first on the path."""
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
     result = subprocess.run(
-        ["dvc", "repro", *arguments],
+        ["dvc", *arguments],
         cwd=directory,
-        env=os.environ | {"PATH": path, "PYTHONPATH": str(directory)},
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(directory)} | (environment or {}),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
     assert result.returncode == 0, result.stdout
     return result.stdout
+
+
+def experiment(directory, *arguments):
+    """What `dvc exp run` prints."""
+    names = [f"GIT_{role}_{what}" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")]
+    return dvc(directory, "exp", "run", *arguments, environment=dict.fromkeys(names, "test@example.org"))
 
 
 def digests(directory):
@@ -147,6 +163,38 @@ def test_shards_are_the_same_bytes_without_the_store(clone):
     shutil.rmtree(clone / ".work")
     repro(clone, "--force", "--single-item", "attack")
     assert digests(clone / "data/bss") == before
+
+
+def test_an_experiment_changes_one_parameter_and_keeps_the_comments(clone):
+    before = (clone / "params.yaml").read_text()
+    assert "(3 computed, 6 reused)" in experiment(clone, "-S", "attack.views=3", "attack")
+    comments = [line.partition("#")[2] for line in before.splitlines()]
+    assert [line.partition("#")[2] for line in (clone / "params.yaml").read_text().splitlines()] == comments
+    (clone / "params.yaml").write_text(before)
+    assert "Running stage" not in repro(clone, "attack")
+
+
+def write_archive(path, seed):
+    generator = np.random.default_rng(seed)
+    with zipfile.ZipFile(path, "w") as archive:
+        for row in range(40):
+            content = io.BytesIO()
+            Image.fromarray(generator.integers(0, 256, (8, 8), np.uint8)).save(content, "PNG")
+            archive.writestr(f"{'ab'[row % 2]}/{row}.png", content.getvalue())
+
+
+def test_changed_images_are_noticed(clone):
+    before = (clone / "params.yaml").read_text()
+    write_archive(clone.parent / "images.zip", seed=0)
+    change_params(clone, {"dataset.name": "imagefolder", "dataset.path": "../images.zip"})
+    assert "imagefolder, 2 classes" in repro(clone, "prepare")
+    first = digests(clone / "data/prepared")
+    assert "Running stage" not in repro(clone, "prepare")
+    write_archive(clone.parent / "images.zip", seed=1)
+    assert "imagefolder, 2 classes" in repro(clone, "prepare")
+    assert digests(clone / "data/prepared") != first
+    (clone / "params.yaml").write_text(before)
+    assert "Running stage" not in repro(clone, "prepare")  # digits come from the run cache
 
 
 def test_a_bad_parameter_stops_the_run_and_keeps_what_is_published(clone):
