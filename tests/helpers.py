@@ -1,8 +1,10 @@
 """Small networks and data that the tests share: everything follows from explicit seeds."""
 
+import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -15,6 +17,15 @@ from pipeline.storage import Store
 from pipeline.weights import load_weights, save_weights
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def real_data(name):
+    """A file of real images or weights beside the project; where it is absent, the test is skipped."""
+    path = ROOT / os.environ.get("BOUNDARY_DATA", "../shared/data") / name
+    if not path.is_file():
+        pytest.skip(f"{path} is absent (BOUNDARY_DATA names its folder)")
+    return path
 
 
 def random_images(seed, rows, shape=(1, 8, 8), low=0.0, high=1.0, dtype=torch.float32):

@@ -1,10 +1,6 @@
 """The boundary search against closed forms, a plain transcription of the paper's rule, and its own promises."""
 
-import io
 import math
-import os
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,17 +10,21 @@ from hypothesis import strategies as st
 
 from pipeline.attack import draw_targets
 from pipeline.boundary import judge, margin_of, probability_margin
+from pipeline.datasets import open_dataset
 from pipeline.heo2019 import heo2019
 from pipeline.models import Architecture, folded
 from pipeline.newton import newton
+from pipeline.preparation import split_by_class, to_array
 from pipeline.projection import project
 from pipeline.status import Status
 from pipeline.weights import load_weights
 from tests.helpers import (
+    dataset_parameters,
     linear_classifier,
     other_classes,
     random_images,
     random_linear_classifier,
+    real_data,
     tiny_resnet,
     top_two,
 )
@@ -607,41 +607,18 @@ def test_judge_with_two_classes_knows_no_third():
 # The authors' teacher on real images
 
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / os.environ.get("BOUNDARY_DATA", "../shared/data")
-IMAGES, WEIGHTS = DATA / "cifar10-jpeg.tar.gz", DATA / "heo2019-resnet26-cifar10.safetensors"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
-def real_images(per_class, seed):
-    """Training images (N, 3, 32, 32) uint8 and labels, chosen by name; read from the archive as a stream."""
-    from PIL import Image  # imported here: the project does not need it
-
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    generator = np.random.default_rng(seed)
-    wanted = {
-        f"train/{name}/{number:04d}.jpg": label
-        for label, name in enumerate(names)
-        for number in generator.choice(5000, per_class, replace=False)
-    }
-    found = {}
-    with tarfile.open(IMAGES, "r|gz") as archive:
-        for member in archive:
-            if member.name in wanted:
-                image = Image.open(io.BytesIO(archive.extractfile(member).read()))
-                found[member.name] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    assert found.keys() == wanted.keys()
-    return np.stack([found[name] for name in sorted(found)]), np.array([wanted[name] for name in sorted(found)])
-
-
 @pytest.mark.real
-def test_newton_on_the_authors_teacher_and_real_images():
-    pytest.importorskip("PIL", reason="Pillow is needed to decode the images")
-    for path in (IMAGES, WEIGHTS):
-        if not path.is_file():
-            pytest.skip(f"{path} is absent (BOUNDARY_DATA names its folder)")
-    pixels, labels = real_images(per_class=120, seed=0)
-    teacher = load_weights(WEIGHTS, Architecture("resnet26", 10, (3, 32, 32), MEAN, STD)).eval().requires_grad_(False)
+def test_newton_on_the_authors_teacher_and_real_images(tmp_path):
+    archive, weights = real_data("cifar10-jpeg.tar.gz"), real_data("heo2019-resnet26-cifar10.safetensors")
+    with open_dataset(dataset_parameters(name="imagefolder", path=str(archive)), tmp_path) as source:
+        part = source.parts["train"]
+        rows = split_by_class(part.labels, 120 / 5000, seed=0)[1]
+        labels = part.labels[rows]
+        pixels = np.stack([to_array(part.image(int(row)), None, None) for row in rows])
+    teacher = load_weights(weights, Architecture("resnet26", 10, (3, 32, 32), MEAN, STD)).eval().requires_grad_(False)
     images, base = torch.from_numpy(pixels).float() / 255, torch.from_numpy(labels)
     logits = torch.cat([teacher(part) for part in images.split(250)])
     right = logits.argmax(1) == base

@@ -1,6 +1,9 @@
 """Splits, decoding and statistics."""
 
 import io
+import re
+import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -11,8 +14,8 @@ from pipeline.data import read_prepared
 from pipeline.datasets import Part, Source, open_dataset
 from pipeline.errors import DataError
 from pipeline.preparation import channel_statistics, prepare, split, split_by_class, to_array
-from tests.files import CLASS_NAMES, tiny_images
-from tests.helpers import dataset_parameters
+from tests.files import CLASS_NAMES, finish, start_stage, tiny_images, write_params
+from tests.helpers import dataset_parameters, real_data
 
 
 def labels_of(counts, seed=0):
@@ -290,3 +293,36 @@ def test_images_are_one_piece_that_h5py_reads(tmp_path):
     with h5py.File(tmp_path / "train.h5") as file:
         assert file["image"].chunks is None
         assert file["image"][:].shape == (64, 1, 8, 8)
+
+
+@pytest.mark.real
+def test_60000_jpeg_files_take_little_memory_and_a_published_teacher_knows_them(tmp_path):
+    images, weights = real_data("cifar10-jpeg.tar.gz"), real_data("heo2019-resnet26-cifar10.safetensors")
+    given = {
+        "dataset.name": "imagefolder",
+        "dataset.path": str(images),
+        "dataset.test_fraction": 0.1,
+        "dataset.validation_fraction": 0.1,
+        "teacher.network": "resnet26",
+        "teacher.weights": str(weights),
+        "teacher.mean": [0.4914, 0.4822, 0.4465],
+        "teacher.std": [0.2023, 0.1994, 0.2010],
+    }
+    write_params(tmp_path / "params.yaml", given)
+    started, peak = time.monotonic(), 0
+    process = start_stage(tmp_path, "prepare")
+    while process.poll() is None:  # the kernel's own maximum of a child counts the parent's memory before the start
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        peak = int(found[1]) / 1024 if found else peak
+        time.sleep(0.05)
+    seconds = time.monotonic() - started
+    code, stdout, stderr = finish(process)
+    assert code == 0, stderr
+    assert "32x32, RGB, images: train 45,000, validation 5,000, test 10,000" in stdout
+    print(f"\n60,000 JPEG files in {seconds:.1f} s, {peak:.0f} MiB resident at most")
+    assert peak < 1000
+    write_params(tmp_path / "params.yaml", given | {"dataset.train_images": 2000})
+    assert finish(start_stage(tmp_path, "prepare"))[0] == 0
+    code, stdout, stderr = finish(start_stage(tmp_path, "teacher"))
+    assert code == 0, stderr
+    assert float(re.search(r"train accuracy ([\d.]+)%", stdout)[1]) > 84
