@@ -120,7 +120,7 @@ class SampleDataset:
         Raises:
             ShardError: the store lacks a shard.
         """
-        with atomic_directory(directory) as temporary:
+        with atomic_directory(directory, "*.h5", MANIFEST) as temporary:
             entries = []
             for block in self.blocks:
                 source = self.store.find(self.stored_name(block))

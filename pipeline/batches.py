@@ -76,6 +76,16 @@ class Source(Protocol):
         """The batches of an epoch, counted from 0."""
 
 
+def batches_of(rows: int, batch_size: int) -> Iterator[slice]:
+    """Which rows make a batch each. A last one of one row joins the one before: batch norm cannot train on it."""
+    starts = list(range(0, rows, batch_size))
+    if batch_size > 1 and len(starts) > 1 and rows - starts[-1] == 1:
+        starts.pop()
+    ends = [*starts[1:], rows] if starts else []
+    for start, end in zip(starts, ends, strict=True):
+        yield slice(start, end)
+
+
 class FreshSource:
     """All training images, each under a fresh view in every epoch; no teacher needed."""
 
@@ -95,8 +105,8 @@ class FreshSource:
         """Batches with their rows in the training split."""
         order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
         drawn = draw_views(self.seed, epoch, 0, self.rows, self.padding, self.flip, Stream.FRESH_VIEWS)
-        for start in range(0, self.rows, self.batch_size):
-            index = order[start : start + self.batch_size]
+        for batch in batches_of(self.rows, self.batch_size):
+            index = order[batch]
             rows = torch.from_numpy(index).to(self.device)
             crop = torch.from_numpy(drawn.crop[index]).to(self.device)
             flip = torch.from_numpy(drawn.flip[index]).to(self.device)

@@ -73,7 +73,9 @@ class Teacher(Section):
     """The network to distil: trained here, or imported from a safetensors file."""
 
     network: NetworkName
-    weights: str | None = Field(description="safetensors file to import instead of training")
+    weights: Annotated[str, Field(min_length=1)] | None = Field(
+        description="safetensors file to import instead of training"
+    )
     mean: list[float] | None = Field(description="per channel, to normalise by; by default, of the training split")
     std: list[Positive] | None = Field(description="per channel, to normalise by; by default, of the training split")
     seed: Seed
@@ -181,7 +183,7 @@ def load_params(path: Path) -> Params:
         values = YAML(typ="safe", pure=True).load(path)
     except OSError as error:
         raise ParameterError(f"{path}: cannot be read: {error.strerror}") from None
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:
         raise ParameterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     return check_params(values, str(path))
 

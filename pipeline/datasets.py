@@ -18,7 +18,9 @@ from pipeline.image_files import image_files
 
 SPLIT_FOLDERS = {
     "train": "train",
+    "training": "train",
     "test": "test",
+    "testing": "test",
     "validation": "validation",
     "valid": "validation",
     "val": "validation",
@@ -45,6 +47,8 @@ class Source(NamedTuple):
 
     class_names: tuple[str, ...]
     parts: dict[str, Part]
+    notes: Sequence[str] = ()
+    """What was left out, in words."""
 
 
 @contextlib.contextmanager
@@ -61,7 +65,8 @@ def open_dataset(dataset: Dataset, scratch: Path) -> Iterator[Source]:
     path = Path(dataset.path)
     if dataset.name == "imagefolder":
         with image_files(path, scratch) as files:
-            yield _image_folder(path, files.names, lambda name: Image.open(files.open(name)))
+            source = _image_folder(path, files.names, lambda name: Image.open(files.open(name)))
+            yield source._replace(notes=[*source.notes, *files.notes])
     elif dataset.name == "digits":
         yield _digits()
     else:
@@ -84,11 +89,15 @@ def _image_folder(path: Path, names: list[str], image: Callable[[str], Image.Ima
     while split_names and len({parts[0] for parts in split_names}) == 1 and _is_wrapper(split_names):
         split_names = [parts[1:] for parts in split_names]
     by_part: dict[str, list[tuple[str, str]]] = {}
-    has_parts = any(parts[0] == "train" and len(parts) > 2 for parts in split_names)
+    has_parts = any(parts[0].lower() in SPLIT_FOLDERS and len(parts) > 2 for parts in split_names)
+    left_out: dict[str, int] = {}
     for name, parts in zip(names, split_names, strict=True):
         part, rest = (SPLIT_FOLDERS.get(parts[0].lower()), parts[1:]) if has_parts else ("train", parts)
         if part and len(rest) > 1:
             by_part.setdefault(part, []).append((rest[0], name))
+        else:
+            folder = name.rpartition("/")[0] or "the top folder"
+            left_out[folder] = left_out.get(folder, 0) + 1
     if "train" not in by_part:
         raise DataError(
             f"{path}: no images found; expected class folders of images, CLASS/IMAGE, or train/CLASS/IMAGE and "
@@ -105,7 +114,8 @@ def _image_folder(path: Path, names: list[str], image: Callable[[str], Image.Ima
         labels = np.array([number[label] for label, _ in entries], np.int64)
         return Part(labels, lambda row: image(entries[row][1]), lambda row: f"{path}: {entries[row][1]}")
 
-    return Source(class_names, {part: part_of(entries) for part, entries in by_part.items()})
+    notes = [f"left out: {count} images in {folder}, which is no class folder" for folder, count in left_out.items()]
+    return Source(class_names, {part: part_of(entries) for part, entries in by_part.items()}, notes)
 
 
 def _is_wrapper(split_names: Sequence[tuple[str, ...]]) -> bool:
@@ -139,8 +149,8 @@ def _loaded(loader: Any, root: Path, part: str) -> Any:
     except (OSError, RuntimeError, ValueError, EOFError, HTTPException) as error:
         reason = " ".join(str(error).split())
         raise DataError(
-            f"{loader.__name__} is not whole in {root} and cannot be downloaded ({reason}); put there by hand: "
-            + ", ".join(_files_of(loader, root))
+            f"{loader.__name__} cannot be loaded from {root}, nor downloaded to it ({reason}); remove what is damaged "
+            f"there, or put there by hand: {', '.join(_files_of(loader, root))}"
         ) from None
 
 

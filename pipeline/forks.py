@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from pipeline.errors import PipelineError
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 Task = Callable[[int], None]
@@ -25,7 +27,8 @@ def run_in_forks(tasks: Iterable[Task], slots: int) -> None:
 
     Raises:
         ChildProcessError: a fork was killed.
-        Exception: what a task raised, with its traceback as a note.
+        PipelineError: what a task raised, with its traceback as a note.
+        RuntimeError: a task raised something else; the traceback is in the message.
     """
     waiting, running, free = list(tasks), dict[Any, _Fork](), list(range(slots))
     try:
@@ -87,6 +90,8 @@ def _run(task: Task, slot: int, sender: Connection, parent: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         task(slot)
-    except Exception as error:
+    except PipelineError as error:
         error.add_note(traceback.format_exc())
         sender.send(error)
+    except Exception as error:  # which may not survive the way through a pipe
+        sender.send(RuntimeError(f"{type(error).__name__} in a fork: {error}\n{traceback.format_exc()}"))

@@ -68,7 +68,10 @@ def build(architecture: Architecture) -> Classifier:
     if library == "timm":
         import timm  # imported here: slow, and optional
 
-        network = timm.create_model(plain_name, pretrained=False, num_classes=classes, in_chans=channels)
+        try:
+            network = timm.create_model(plain_name, pretrained=False, num_classes=classes, in_chans=channels)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise WeightsError(f"network '{name}': {' '.join(str(error).split())}") from None
         return _checked(Classifier(network, architecture))
     return Classifier(ResNet(*resnet_size(name), channels, classes), architecture)
 

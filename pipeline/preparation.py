@@ -16,11 +16,20 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from pipeline.config import Dataset
-from pipeline.data import SPLITS, Images, Prepared, check_labels, content_digest, rows_at_a_time, write_prepared
+from pipeline.data import (
+    BLOCK_BYTES,
+    SPLITS,
+    Images,
+    Prepared,
+    check_labels,
+    content_digest,
+    rows_at_a_time,
+    write_prepared,
+)
 from pipeline.datasets import Part, Source
 from pipeline.errors import DataError
 
-ROWS_OF_A_TASK = 64  # decoded by one thread at a time
+ROWS_OF_A_TASK = 64  # at most; decoded by one thread at a time
 GRAY_MODES = ("1", "L", "LA", "La")
 COLOUR_MODES = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB")
 
@@ -50,6 +59,20 @@ def split_by_class(labels: NDArray[np.int64], fraction: float, seed: int) -> tup
     return np.flatnonzero(~taken), np.flatnonzero(taken)
 
 
+def choose_by_class(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.intp]:
+    """Choose so many rows so that the classes keep their proportions, as nearly as whole numbers can.
+
+    Returns:
+        Sorted row numbers.
+    """
+    generator = np.random.default_rng(seed)
+    rows = [generator.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    shares = np.array([len(each) * count / len(labels) for each in rows])
+    taken = np.floor(shares).astype(int)
+    taken[np.argsort(taken - shares, kind="stable")[: count - taken.sum()]] += 1  # the largest remainders
+    return np.sort(np.concatenate([each[:number] for each, number in zip(rows, taken, strict=True)]))
+
+
 def split(source: Source, dataset: Dataset) -> dict[str, Part]:
     """The train, validation and test parts; those that the dataset does not have are split off its training part.
 
@@ -64,9 +87,9 @@ def split(source: Source, dataset: Dataset) -> dict[str, Part]:
         parts["train"], parts["test"] = parts["train"].take(rest), parts["train"].take(test)
     available = len(parts["train"].labels)
     if dataset.train_images is not None and dataset.train_images < available:
-        fraction = dataset.train_images / available
-        _, chosen = split_by_class(parts["train"].labels, fraction, dataset.seed + 2)
-        parts["train"] = parts["train"].take(chosen)
+        parts["train"] = parts["train"].take(
+            choose_by_class(parts["train"].labels, dataset.train_images, dataset.seed + 2)
+        )
     if "validation" not in parts:
         train, validation = split_by_class(parts["train"].labels, dataset.validation_fraction, dataset.seed + 1)
         parts["train"], parts["validation"] = parts["train"].take(train), parts["train"].take(validation)
@@ -86,7 +109,7 @@ def _check_all_classes(labels: NDArray[np.int64], class_names: tuple[str, ...]) 
 def prepare(source: Source, dataset: Dataset, directory: Path, threads: int | None = None) -> Written:
     """Decode a dataset and write train.h5, validation.h5 and test.h5; the statistics come from train alone.
 
-    No more than a few megabytes of images are in memory at a time.
+    A few megabytes of images for each thread are in memory at a time.
 
     Args:
         source: the dataset.
@@ -107,6 +130,8 @@ def prepare(source: Source, dataset: Dataset, directory: Path, threads: int | No
             with tempfile.TemporaryFile(dir=directory) as pixels:
                 labels = decoder.decode(parts[name], pixels, bar)
                 counts[name] = len(labels)
+                if len(parts[name].labels) and not len(labels):
+                    raise DataError(f"no image of the {name} split can be read")
                 if statistics is None:
                     _check_all_classes(labels, source.class_names)
                     statistics = channel_statistics(_blocks(pixels, decoder.shape))
@@ -165,10 +190,12 @@ class _Decoder:
     def _in_order(self, part: Part) -> Iterator[tuple[int, list[Images | str]]]:
         """Results of tasks, a few of which are under way at a time."""
         waiting: deque[tuple[int, Future[list[Images | str]]]] = deque()
+        yield 0, self._decode_rows(part, range(min(1, len(part.labels))))  # decides the shape
+        step = min(ROWS_OF_A_TASK, rows_at_a_time(getattr(self, "shape", (BLOCK_BYTES,))))
         with ThreadPoolExecutor(self.threads) as pool:
             try:
-                for start in range(0, len(part.labels), ROWS_OF_A_TASK):
-                    rows = range(start, min(start + ROWS_OF_A_TASK, len(part.labels)))
+                for start in range(1, len(part.labels), step):
+                    rows = range(start, min(start + step, len(part.labels)))
                     waiting.append((start, pool.submit(self._decode_rows, part, rows)))
                     if len(waiting) > 2 * self.threads:
                         first, task = waiting.popleft()

@@ -34,7 +34,11 @@ def configure(path: Path, overlays: list[str]) -> list[str]:
     before = dict(_leaves(document))
     for overlay in overlays:
         _lay_over(document, _values_of(overlay), overlay)
-    check_params(_plain(document), "with " + " ".join(overlays))
+    try:
+        values = _plain(document)
+    except (YAMLError, ValueError) as error:
+        raise ParameterError(f"{' '.join(overlays)}: not valid YAML: {' '.join(str(error).split())}") from None
+    check_params(values, "with " + " ".join(overlays))
     after = dict(_leaves(document))
     keys = list(after) + [key for key in before if key not in after]
     changes = [
@@ -64,6 +68,8 @@ def _read(path: Path) -> Any:
         document = _parsed(path.read_text(), str(path))
     except OSError as error:
         raise ParameterError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ParameterError(f"{path}: not valid YAML: no text") from None
     if not isinstance(document, CommentedMap):
         raise ParameterError(f"{path}: expected a mapping of parameters")
     return document
@@ -72,7 +78,7 @@ def _read(path: Path) -> Any:
 def _parsed(text: str, source: str) -> Any:
     try:
         return _yaml().load(text)
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:
         raise ParameterError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -81,6 +87,8 @@ def _values_of(overlay: str) -> Any:
     key, equals, text = overlay.partition("=")
     if not equals or Path(overlay).is_file():
         return _read(Path(overlay))
+    if " #" in text and text.strip()[0] not in "'\"":
+        raise ParameterError(f"{overlay}: put the value in quotes: after ' #', YAML reads a comment")
     value = _parsed(text, overlay)
     for part in reversed(key.strip().split(".")):
         value = {part: value}

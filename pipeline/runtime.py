@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Literal
 
@@ -54,6 +55,7 @@ def make_fabric(runtime: Runtime, precision: Literal["32-true", "bf16-mixed"]) -
     from lightning_fabric import Fabric  # imported here: slow, and only training needs it
     from lightning_fabric.strategies.ddp import DDPStrategy
 
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     device = choose_device(runtime)
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.devices))
     nodes = int(os.environ.get("WORLD_SIZE", devices)) // devices if "LOCAL_WORLD_SIZE" in os.environ else 1

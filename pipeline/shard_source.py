@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.batches import Batch, BoundaryBatch
+from pipeline.batches import Batch, BoundaryBatch, batches_of
 from pipeline.data import Prepared
 from pipeline.errors import ShardError
 from pipeline.shard_format import ShardEntry
@@ -107,9 +107,10 @@ class ShardSource:
                 waiting = torch.arange(len(waiting), device=self.device)
             rows = torch.cat([waiting, rows])
             last = number == len(windows) - 1
-            end = len(rows) if last else len(rows) - len(rows) % self.batch_size
-            for start in range(0, end, self.batch_size):
-                yield self._batch(columns, rows[start : min(end, start + self.batch_size)], generator)
+            # At least one row waits for the next window: the last batch must not be a single row.
+            end = len(rows) if last else (len(rows) - 1) // self.batch_size * self.batch_size
+            for batch in batches_of(end, self.batch_size):
+                yield self._batch(columns, rows[batch], generator)
             waiting = rows[end:]
             if self._resident is None:
                 rest = {name: column[waiting] for name, column in columns.items()}

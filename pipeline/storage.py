@@ -16,6 +16,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,23 @@ def written_hdf5(path: Path) -> Iterator[h5py.File]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, *owned: str) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; on success it takes the place of `path`.
 
     One process at a time may do this for a path (hold a lock). What a killed one left is cleared away first.
 
+    Args:
+        path: the folder.
+        owned: patterns of names that are written; a folder that holds anything else is not replaced.
+
     Raises:
-        StoreError: the folder cannot be written; names path and reason.
+        StoreError: the folder cannot be written, or is somebody else's; names path and reason.
     """
-    new, old = path.with_name(f".{path.name}.new.tmp"), path.with_name(f".{path.name}.old.tmp")
+    for entry in path.iterdir() if path.is_dir() else ():
+        if not any(fnmatch(entry.name, pattern) for pattern in (*owned, "*.tmp")):
+            raise StoreError(f"{path}: holds '{entry.name}', which is not written here: choose another folder")
+    absolute = path.absolute()
+    new, old = (absolute.with_name(f".{absolute.name}.{state}.tmp") for state in ("new", "old"))
     try:
         with _write_errors(path):
             if old.exists() and not path.exists():

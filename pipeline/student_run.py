@@ -25,7 +25,7 @@ from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
 from pipeline.storage import Store, file_digest
 from pipeline.teacher import architecture_for, load_for
-from pipeline.training import Fit, find_fit, fit
+from pipeline.training import Fit, find_fit, fit, processes_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -132,7 +132,7 @@ class StudentRun:
         )
 
     def _key(self, seed: int) -> str:
-        return fingerprint(self.architecture._asdict(), self.reads, seed)
+        return fingerprint(self.architecture._asdict(), self.reads, seed, *processes_of(self.fabric))
 
     def fit_all(self) -> list[Fit]:
         """Train with all seeds, or find the finished runs; on a CPU side by side, in forks of this process.

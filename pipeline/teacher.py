@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,10 @@ def teacher_architecture(teacher: Teacher, data: Prepared) -> Architecture:
         WeightsError: the parameters give another number of channels than the images have.
     """
     architecture = architecture_for(teacher.network, data)
-    described = read_architecture(Path(teacher.weights)) if teacher.weights else None
+    described = None
+    if teacher.weights:
+        with contextlib.suppress(WeightsError):  # without a description, or with another program's: not needed
+            described = read_architecture(Path(teacher.weights))
     if teacher.mean and teacher.std:
         architecture = architecture._replace(mean=tuple(teacher.mean), std=tuple(teacher.std))
     elif described:

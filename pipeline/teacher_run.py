@@ -13,7 +13,7 @@ from pipeline.data import Prepared
 from pipeline.provenance import code_digest, fingerprint
 from pipeline.storage import Store
 from pipeline.teacher import teacher_architecture
-from pipeline.training import Fit, fit
+from pipeline.training import Fit, fit, processes_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -29,6 +29,7 @@ def train_teacher(params: Params, train: Prepared, validation: Prepared | None, 
         [dataset.padding, dataset.flip],
         [train.digest, validation.digest if validation is not None else None],
         code_digest("pipeline.teacher_run"),
+        *processes_of(fabric),
     )
 
     def source() -> FreshSource:

@@ -68,7 +68,9 @@ def fit(
 ) -> Fit:
     """Train a network from scratch, or return the finished run of the same fingerprint.
 
-    Several processes share each batch and end with the same weights; the first one writes the files.
+    Several processes share each batch and end with the same weights; the first one writes the files. The mean of their
+    gradients is that of the whole batch, but batch norm normalises each share by itself (the first process's running
+    statistics are saved), and BSS chooses its samples within each share.
 
     Args:
         fabric: device, precision, processes.
@@ -102,6 +104,11 @@ def fit(
         store.path(f"{key}/checkpoint.pt").unlink(missing_ok=True)
     fabric.barrier()
     return Fit(store.path(f"{key}/{WEIGHTS}"), curve, reused=False)
+
+
+def processes_of(fabric: Fabric) -> list[int]:
+    """What several processes add to the fingerprint of a fit; nothing for one."""
+    return [fabric.world_size] if fabric.world_size > 1 else []
 
 
 def find_fit(store: Store, key: str) -> Fit | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,14 +98,16 @@ def convert_state_dict(source: Path, target: Path) -> int:
     are taken off. Only tensors and plain containers are unpickled.
 
     Raises:
-        WeightsError: the file is missing, holds other objects or no state dict.
+        WeightsError: the file is missing, holds other objects or no state dict; or there is a target already.
     """
+    if target.exists():
+        raise WeightsError(f"{target}: is there already: remove it, or choose another file")
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"{source}: no such weights file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        first = " ".join(str(error).split())[:200]
+    except Exception as error:  # torch raises all kinds on what is no checkpoint
+        first = " ".join(str(error).split())[:200] or type(error).__name__
         raise WeightsError(
             f"{source}: cannot be loaded as tensors alone ({first}): save model.state_dict() there where you trust it"
         ) from None
@@ -114,10 +115,13 @@ def convert_state_dict(source: Path, target: Path) -> int:
     state = next((each for each in [*nested, content] if _is_state_dict(each)), None)
     if state is None:
         raise WeightsError(f"{source}: holds no state dict, neither itself nor under {', '.join(CHECKPOINT_KEYS)}")
-    for prefix in WRAPPER_PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    write_atomically(target, save({name: tensor.clone().contiguous() for name, tensor in state.items()}))
+    while prefix := next((p for p in WRAPPER_PREFIXES if all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    try:
+        content = save({name: tensor.clone().contiguous() for name, tensor in state.items()})
+    except (RuntimeError, KeyError, NotImplementedError) as error:
+        raise WeightsError(f"{source}: holds tensors that are not plain: {' '.join(str(error).split())}") from None
+    write_atomically(target, content)
     return len(state)
 
 

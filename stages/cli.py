@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,15 +40,28 @@ def errors_in_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             function(*args, **options)
         except KeyboardInterrupt:
-            click.echo("\ninterrupted: what is finished is kept, run the same command to go on", err=True)
+            _complain("\ninterrupted: what is finished is kept, run the same command to go on")
             sys.exit(EXIT_INTERRUPTED)
         except PipelineError as error:
             if debug:
                 raise
-            click.echo(f"error: {error}", err=True)
+            _complain(f"error: {error}")
             sys.exit(EXIT_BAD_PARAMETERS if isinstance(error, ParameterError) else EXIT_FAILED)
+        except (MemoryError, RuntimeError) as error:
+            # torch.OutOfMemoryError is a RuntimeError; torch is not imported for its name.
+            if debug or not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            _complain(f"error: out of memory: lower training.batch_size or runtime.search_batch ({reason})")
+            sys.exit(EXIT_FAILED)
 
     return command
+
+
+def _complain(message: str) -> None:
+    """Tell the user; of several processes on one training run, the first one does."""
+    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        click.echo(message, err=True)
 
 
 def say(message: str) -> None:

@@ -18,7 +18,7 @@ def main(overlays: tuple[str, ...], params_path: Path) -> None:
     """Lay presets and single values over the parameter file, in order; its comments stay.
 
     presets/ has datasets (digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagefolder) and recipes (quick,
-    paper). The result is checked before it is written. presets/digits.yaml brings all defaults back.
+    paper). The result is checked before it is written. presets/digits.yaml brings back all defaults but `runtime`.
 
     Example: python -m stages.configure presets/cifar10.yaml presets/paper.yaml attack.views=16
     """

@@ -63,7 +63,7 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
             comparisons[name, seed] = read_comparison(store.path(key))
 
         common = common_pairs(comparisons.values())
-        with atomic_directory(out) as directory:
+        with atomic_directory(out, "*.json", "pairs.h5") as directory:
             write_json(directory / "teacher.json", {"accuracy": accuracy(placed(model, device), test, device)})
             # No groups: they would record when they were made.
             with written_hdf5(directory / "pairs.h5") as pairs:

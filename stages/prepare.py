@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from pipeline.config import load_params
+from pipeline.data import SPLITS
 from pipeline.datasets import open_dataset
 from pipeline.preparation import prepare
 from pipeline.storage import atomic_directory, lock
@@ -31,10 +32,12 @@ def main(params_path: Path, out: Path, skip_bad: bool) -> None:
     dataset = params.dataset.model_copy(update={"skip_bad": params.dataset.skip_bad or skip_bad})
     with (
         lock(WORK / "prepare.lock", say),
-        atomic_directory(out) as directory,
+        atomic_directory(out, *(f"{split}.h5" for split in SPLITS)) as directory,
         open_dataset(dataset, directory) as source,
     ):
         written = prepare(source, dataset, directory, params.runtime.threads)
+    for note in source.notes:
+        say(note)
     for problem in written.bad[:BAD_IMAGES_NAMED]:
         say(f"skipped: {problem}")
     channels, height, width = written.image_shape

@@ -12,6 +12,7 @@ import click
 from pipeline.config import load_params
 from pipeline.data import Prepared, read_prepared, read_validation
 from pipeline.errors import ParameterError
+from pipeline.networks import check_network
 from pipeline.runtime import make_fabric
 from pipeline.shard_reader import BoundaryShards
 from pipeline.storage import Store, atomic_directory, copy_file, lock, write_atomically, write_json
@@ -48,6 +49,10 @@ def main(
     Example: python -m stages.student --student resnet8w2 --method bss
     """
     params = load_params(params_path)
+    try:
+        check_network(student)
+    except ValueError as error:
+        raise ParameterError(f"--student: {error} (got '{student}')") from None
     if method not in params.method:
         raise ParameterError(f"--method: expected one of {', '.join(params.method)}, got '{method}'")
     name = f"{student}-{method}"
@@ -62,10 +67,11 @@ def main(
     fabric = make_fabric(params.runtime, params.training.precision)
     run = StudentRun(params, student, method, inputs, fabric, Store(WORK / "fits"))
     with lock(WORK / f"student-{name}.lock", say) if fabric.is_global_zero else nullcontext():
+        fabric.barrier()  # all processes look for finished runs when nobody else writes
         fits = run.fit_all()
         if not fabric.is_global_zero:
             return
-        with atomic_directory(out) as directory:
+        with atomic_directory(out, "seed-*.safetensors") as directory:
             for seed, fit in enumerate(fits):
                 copy_file(fit.weights, directory / f"seed-{seed}.safetensors")
     write_atomically(reports / "curves.csv", curve_csv([({"seed": n}, fit.curve) for n, fit in enumerate(fits)]))

@@ -44,6 +44,7 @@ def main(context: click.Context, params_path: Path, prepared: Path, out: Path, r
     else:
         fabric = make_fabric(params.runtime, params.teacher.training.precision)
         with lock(WORK / "teacher.lock", say) if fabric.is_global_zero else nullcontext():
+            fabric.barrier()  # all processes look for a finished run when nobody else writes
             result = train_teacher(params, train, validation, fabric, Store(WORK / "fits"))
         if not fabric.is_global_zero:
             return
@@ -69,7 +70,7 @@ def convert(weights: Path, out: Path | None) -> None:
 
     Example: python -m stages.teacher convert resnet26.pt
     """
-    out = out or weights.with_suffix(".safetensors")
+    out = out or weights.parent / f"{weights.stem or 'weights'}.safetensors"
     count = convert_state_dict(weights, out)
     click.echo(f"wrote {out}: {count} tensors; to import it, set teacher.weights: {out}")
 

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import pickle
 import tarfile
 import threading
@@ -114,6 +115,45 @@ def test_files_that_are_no_images_are_passed_over(tmp_path, packer):
     assert len(parts["train"][0]) == 6
 
 
+@pytest.mark.parametrize("packer", PACKERS)
+def test_what_is_passed_over_is_told(tmp_path, packer):
+    tree = image_tree() | {"README.md": b"x", "train/bird/a.avif": b"x", "test/0.png": b"x", "train/.hidden.txt": b"x"}
+    path = PACKERS[packer](tmp_path / packer, tree)
+    with open_dataset(dataset_parameters(name="imagefolder", path=str(path)), tmp_path) as source:
+        assert list(source.notes) == [
+            "left out: 1 images in test, which is no class folder",
+            "passed over: files that are no images (1 of .avif, 1 of .md)",
+        ]
+
+
+@pytest.mark.parametrize("folders", [("Train", "TEST"), ("training", "testing"), ("TRAIN", "Val")])
+def test_split_folders_have_several_names(tmp_path, folders):
+    tree = {f"{folder}/{label}/0.png": png(PIXELS[0]) for folder in folders for label in ("a", "b")}
+    class_names, parts = opened(tmp_path, as_folder(tmp_path / "images", tree))
+    assert class_names == ("a", "b")
+    assert len(parts) == 2
+
+
+def test_parts_without_a_training_part_are_refused(tmp_path):
+    tree = {f"{folder}/{label}/0.png": png(PIXELS[0]) for folder in ("val", "test") for label in ("a", "b")}
+    assert "no images found" in refused(tmp_path, as_folder(tmp_path / "images", tree))
+
+
+def test_links_are_followed_but_never_in_circles(tmp_path):
+    path = as_folder(tmp_path / "images", image_tree())
+    (path / "train/bird/again").symlink_to("..")
+    (path / "train/cow").symlink_to(as_folder(tmp_path / "elsewhere", {"0.png": png(PIXELS[0])}))
+    class_names, parts = opened(tmp_path, path)
+    assert class_names == ("bird", "cat", "cow")
+    assert parts["train"][0] == [0, 0, 0, 1, 1, 1, 2]
+
+
+def test_special_files_are_passed_over(tmp_path):
+    path = as_folder(tmp_path / "images", image_tree())
+    os.mkfifo(path / "train/bird/9.png")
+    assert len(opened(tmp_path, path)[1]["train"][0]) == 6
+
+
 def test_class_folders_alone_are_the_training_part(tmp_path):
     tree = {f"{label}/deeper/{row}.PNG": png(PIXELS[row]) for label in ("b", "a") for row in range(2)}
     class_names, parts = opened(tmp_path, as_folder(tmp_path / "images", tree))
@@ -154,7 +194,7 @@ def test_a_member_that_leaves_the_folder_is_refused_by_name(tmp_path, packer, na
     path = PACKERS[packer](tmp_path / packer, image_tree() | {name: b"x"})
     message = refused(tmp_path, path)
     assert message.startswith(str(path))
-    assert "leaves the archive's folder" in message
+    assert "leaves the archive's folder" in message or "has a backslash in its name" in message
     assert name in message or packer.endswith("zip")  # zip files have their own way to write backslashes
 
 
@@ -180,6 +220,24 @@ def test_an_archive_that_is_cut_short_is_refused(tmp_path, packer):
     path = PACKERS[packer](tmp_path / packer, image_tree())
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert str(path) in refused(tmp_path, path)
+
+
+def test_a_tar_archive_with_a_damaged_header_is_refused(tmp_path):
+    path = as_tar(tmp_path / "images.tar", {f"a/{row}.png": png(PIXELS[row]) for row in range(6)})
+    content = bytearray(path.read_bytes())
+    headers = [at for at in range(0, len(content), 512) if content[at + 257 : at + 262] == b"ustar"]
+    content[headers[-1] + 150] ^= 1  # its checksum
+    path.write_bytes(content)
+    assert "not a whole archive" in refused(tmp_path, path)
+    path.write_bytes(content[: headers[-1] + 200])
+    assert "not a whole archive" in refused(tmp_path, path)
+
+
+def test_a_large_member_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.image_files.LARGEST_MEMBER", 10_000)
+    for packer in ("images.tar", "images.zip"):
+        path = PACKERS[packer](tmp_path / packer, image_tree() | {"train/bird/bomb.png": bytes(20_000)})
+        assert "member 'train/bird/bomb.png' has 0 MB: too large" in refused(tmp_path, path)
 
 
 def idx(array):
@@ -288,7 +346,7 @@ def test_without_a_network_the_error_says_which_files_belong_where(tmp_path, mon
     for file in files:
         (server[0] / file).unlink()
     message = refused(tmp_path, tmp_path / "raw", name)
-    assert "cannot be downloaded" in message
+    assert "nor downloaded" in message
     for file, content in served.items():
         words = (word.rstrip(",") for word in message.split())
         (target,) = (word for word in words if word.endswith(f"/{file}") and not word.startswith("http"))

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+from pipeline.errors import DataError
 from pipeline.forks import run_in_forks
 
 
@@ -60,13 +61,13 @@ def after_one_sleeps(directory, act):
 
 
 def raise_large():
-    raise ValueError("x" * 1_000_000)  # more than a pipe holds
+    raise DataError("x" * 1_000_000)  # more than a pipe holds
 
 
 @pytest.mark.parametrize(
     ("act", "error"),
     [
-        (raise_large, ValueError),
+        (raise_large, DataError),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), ChildProcessError),
         (lambda: os._exit(3), ChildProcessError),
         (lambda: os.kill(os.getpid(), signal.SIGINT), KeyboardInterrupt),
@@ -84,9 +85,22 @@ def test_the_first_to_fail_ends_all(tmp_path, act, error):
 
 
 def test_an_error_tells_where_it_was_raised():
-    with pytest.raises(ValueError, match="xxx") as caught:
+    with pytest.raises(DataError, match="xxx") as caught:
         run_in_forks([lambda slot: raise_large()], 1)
     assert "in raise_large" in caught.value.__notes__[0]
+
+
+class OddError(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+def test_an_error_that_does_not_pickle_is_told_in_words():
+    def task(slot):
+        raise OddError("first", "second")
+
+    with pytest.raises(RuntimeError, match=r"OddError in a fork: first\nTraceback"):
+        run_in_forks([task], 1)
 
 
 def test_forks_end_with_their_parent(tmp_path):

@@ -293,6 +293,7 @@ CHECKPOINTS = {
     "parallel": lambda state: {"net": {f"module.{name}": tensor for name, tensor in state.items()}, "acc": 92.5},
     "compiled": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
     "compiled and parallel": lambda state: {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()},
+    "parallel and compiled": lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
     "without counters": lambda state: {name: state[name] for name in state if not name.endswith("batches_tracked")},
 }
 
@@ -338,3 +339,17 @@ def test_what_is_no_state_dict_is_not_converted(tmp_path, case):
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "teacher.safetensors").exists()
+
+
+def test_an_existing_file_is_not_overwritten_by_a_conversion(tmp_path):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "teacher.pt")
+    (tmp_path / "teacher.safetensors").write_text("mine")
+    with pytest.raises(WeightsError, match="is there already"):
+        convert_state_dict(tmp_path / "teacher.pt", tmp_path / "teacher.safetensors")
+    assert (tmp_path / "teacher.safetensors").read_text() == "mine"
+
+
+def test_tensors_that_are_not_plain_are_not_converted(tmp_path):
+    torch.save({"a": torch.eye(3).to_sparse()}, tmp_path / "teacher.pt")
+    with pytest.raises(WeightsError, match="holds tensors that are not plain"):
+        convert_state_dict(tmp_path / "teacher.pt", tmp_path / "teacher.safetensors")

@@ -134,6 +134,11 @@ def test_names_that_no_network_has_are_refused(name, reason):
         check_network(name)
 
 
+def test_a_tag_that_timm_does_not_know_is_one_line():
+    with pytest.raises(WeightsError, match=r"network 'timm.test_vit.nonsense': .*nonsense"):
+        build(architecture("timm.test_vit.nonsense", 3, (3, 160, 160)))
+
+
 def test_without_timm_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(ValueError, match=r"timm is not installed: pip install 'boundary-distillation\[timm\]'"):

@@ -99,6 +99,9 @@ def test_nothing_to_change_leaves_the_file_alone(params):
         ("presets/imagenet.yaml", "presets/imagenet.yaml: cannot be read"),
         ("views", "views: cannot be read"),
         ("=3", "unknown parameter"),
+        ("dataset.path=2023-99-99", "not valid YAML"),
+        ("seeds=!foo 3", "not valid YAML"),
+        ("dataset.path=photos #1.zip", "put the value in quotes"),
     ],
 )
 def test_a_bad_overlay_is_refused_and_changes_nothing(params, overlay, expected):
@@ -108,6 +111,29 @@ def test_a_bad_overlay_is_refused_and_changes_nothing(params, overlay, expected)
     assert expected in str(caught.value)
     assert overlay in str(caught.value)
     assert params.read_text() == before
+
+
+def test_digits_brings_back_every_default_but_the_machines(params):
+    changed = [
+        "attack.search=heo2019",
+        "dataset.skip_bad=true",
+        "training.precision=bf16-mixed",
+        "evaluation.similarity_images=7",
+    ]
+    before = params.read_text()
+    configure(params, changed)
+    configure(params, [preset("digits")])
+    assert params.read_text() == before
+    default = YAML(typ="safe").load(ROOT / "params.yaml")
+    assert {key: value for key, value in default.items() if key not in ("runtime", "method")} == YAML(typ="safe").load(
+        ROOT / "presets/digits.yaml"
+    )
+
+
+def test_a_file_that_is_no_text_is_refused(params, tmp_path):
+    (tmp_path / "photos.zip").write_bytes(bytes(range(256)))
+    with pytest.raises(ParameterError, match=r"photos\.zip: not valid YAML"):
+        configure(params, [str(tmp_path / "photos.zip")])
 
 
 def test_a_preset_that_is_no_mapping_is_refused(params, tmp_path):

@@ -331,7 +331,12 @@ BAD = {
     "unknown network": (change({"students": ["vgg"]}), ("teacher",), 2, "students.0: expected a network resnet<6n+2>"),
     "as many targets as classes": (change({"attack.targets": 4}), ("attack",), 2, "attack.targets: expected at most 3"),
     "unknown method": (None, student("fitnet"), 2, "--method: expected one of "),
-    "unknown student": (None, ("student", "--student", "vgg", "--method", "original"), 1, "network 'vgg': expected"),
+    "unknown student": (
+        None,
+        ("student", "--student", "vgg", "--method", "original"),
+        2,
+        "--student: expected a network",
+    ),
     "no parameter file": (remove("params.yaml"), ("report",), 2, "params.yaml: cannot be read: No such file"),
     "parameters no YAML": (write("params.yaml", b"a: ["), ("report",), 2, "params.yaml: not valid YAML"),
     "prepared missing": (remove(TRAIN), ("attack",), 1, f"{TRAIN}: no such prepared file"),

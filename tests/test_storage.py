@@ -87,10 +87,10 @@ def test_json_is_sorted_and_refuses_nan(tmp_path):
 
 def test_a_directory_replaces_the_old_one_as_a_whole(tmp_path):
     path = tmp_path / "deep/out"
-    with atomic_directory(path) as temporary:
+    with atomic_directory(path, "*") as temporary:
         (temporary / "stale").write_text("1")
         (temporary / "kept").write_text("1")
-    with atomic_directory(path) as temporary:
+    with atomic_directory(path, "*") as temporary:
         (temporary / "kept").write_text("2")
         assert names(path) == ["kept", "stale"]
     assert names(path) == ["kept"]
@@ -104,7 +104,7 @@ def test_an_error_while_filling_a_directory_keeps_the_old_one(tmp_path):
     (path / "file").write_text("old")
 
     def fail():
-        with atomic_directory(path) as temporary:
+        with atomic_directory(path, "*") as temporary:
             (temporary / "file").write_text("new")
             raise KeyError
 
@@ -115,7 +115,7 @@ def test_an_error_while_filling_a_directory_keeps_the_old_one(tmp_path):
 
 
 def write_directory(path):
-    with atomic_directory(path) as temporary:
+    with atomic_directory(path, "*") as temporary:
         (temporary / "file").write_text("1")
 
 
@@ -190,7 +190,7 @@ def test_a_full_disk_while_filling_a_directory_is_one_line_and_keeps_the_old_dir
     write_directory(path)
 
     def fill():
-        with atomic_directory(path) as temporary:
+        with atomic_directory(path, "*") as temporary:
             (temporary / "file").write_bytes(bytes(30_000))
 
     error = on_full_disk(fill)
@@ -399,3 +399,16 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path, hold):
     with lock(tmp_path / "work.lock", said.append, timeout=0):
         pass
     assert said == []
+
+
+def test_a_directory_with_somebody_elses_files_is_not_replaced(tmp_path):
+    (tmp_path / "out/photos").mkdir(parents=True)
+    (tmp_path / "out/seed-0.safetensors").touch()
+
+    def replace():
+        with atomic_directory(tmp_path / "out", "seed-*.safetensors"):
+            pytest.fail("the folder is not ours")
+
+    with pytest.raises(StoreError, match="out: holds 'photos', which is not written here: choose another folder"):
+        replace()
+    assert names(tmp_path / "out") == ["photos", "seed-0.safetensors"]

@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch.nn import functional as F
 
 from pipeline import training
-from pipeline.batches import Batch, FreshSource
+from pipeline.batches import Batch, FreshSource, batches_of
 from pipeline.errors import DataError, TrainingError
 from pipeline.runtime import make_fabric
 from pipeline.shard_reader import BoundaryShards
@@ -406,7 +406,7 @@ def test_a_missing_input_is_named(tmp_path, sample_directory, method, missing, e
         student_run(tmp_path, sample_directory, method, **{missing: None})
 
 
-def batch_of(rows):
+def numbered_batch(rows):
     images = torch.arange(rows * 4.0).view(rows, 1, 2, 2)
     labels = torch.arange(rows)
     return Batch(images, labels, images.flatten(1), labels % 2 == 0, lambda chosen: (images[chosen], chosen))
@@ -414,7 +414,7 @@ def batch_of(rows):
 
 @pytest.mark.parametrize(("rows", "parts"), [(8, 2), (7, 2), (7, 3), (1, 3), (5, 1)])
 def test_parts_of_a_batch_are_the_whole_and_their_mean_is_its_mean(rows, parts):
-    whole = batch_of(rows)
+    whole = numbered_batch(rows)
     split = [whole.part(number, parts) for number in range(parts)]
     real = [(part, factor) for part, factor in split if factor]
     assert sorted(int(label) for part, _ in real for label in part.labels) == list(range(rows))
@@ -428,3 +428,13 @@ def test_parts_of_a_batch_are_the_whole_and_their_mean_is_its_mean(rows, parts):
         images, at = part.boundary(chosen)
         assert torch.equal(images, part.images[chosen])
         assert torch.equal(at, part.labels[chosen])
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "sizes"),
+    [(8, 4, [4, 4]), (9, 4, [4, 5]), (10, 4, [4, 4, 2]), (1, 4, [1]), (5, 4, [5]), (3, 1, [1, 1, 1]), (0, 4, [])],
+)
+def test_no_batch_is_a_single_row_that_is_left_over(rows, size, sizes):
+    batches = list(batches_of(rows, size))
+    assert [batch.stop - batch.start for batch in batches] == sizes
+    assert [row for batch in batches for row in range(batch.start, batch.stop)] == list(range(rows))
