@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -167,9 +168,8 @@ def test_shards_are_the_same_bytes_without_the_store(clone):
 
 def test_an_experiment_changes_one_parameter_and_keeps_the_comments(clone):
     before = (clone / "params.yaml").read_text()
-    assert "(3 computed, 6 reused)" in experiment(clone, "-S", "attack.views=3", "attack")
-    comments = [line.partition("#")[2] for line in before.splitlines()]
-    assert [line.partition("#")[2] for line in (clone / "params.yaml").read_text().splitlines()] == comments
+    assert "(6 computed, 6 reused)" in experiment(clone, "-S", "attack.views=4", "attack")
+    assert re.findall("#.*", (clone / "params.yaml").read_text()) == re.findall("#.*", before)
     (clone / "params.yaml").write_text(before)
     assert "Running stage" not in repro(clone, "attack")
 
