@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from pipeline.config import Dataset
 from pipeline.data import (
-    BLOCK_BYTES,
     SPLITS,
     Images,
     Prepared,
@@ -191,7 +190,7 @@ class _Decoder:
         """Results of tasks, a few of which are under way at a time."""
         waiting: deque[tuple[int, Future[list[Images | str]]]] = deque()
         yield 0, self._decode_rows(part, range(min(1, len(part.labels))))  # decides the shape
-        step = min(ROWS_OF_A_TASK, rows_at_a_time(getattr(self, "shape", (BLOCK_BYTES,))))
+        step = min(ROWS_OF_A_TASK, rows_at_a_time(self.shape)) if hasattr(self, "shape") else 1
         with ThreadPoolExecutor(self.threads) as pool:
             try:
                 for start in range(1, len(part.labels), step):

@@ -25,13 +25,12 @@ from pipeline.config import check_params
 from pipeline.data import write_prepared
 from pipeline.models import build
 from pipeline.preparation import channel_statistics, split_by_class
+from pipeline.provenance import ROOT
 from pipeline.storage import Store, file_digest
 from pipeline.teacher import architecture_for
 from pipeline.weights import load_weights, save_weights
-from tests.helpers import in_memory
+from tests.helpers import CPU, in_memory
 
-ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
 CLASS_NAMES = ("bird", "cat", "dog", "frog")
 
 # Values of params.yaml that are changed to make every stage a matter of seconds.

@@ -13,11 +13,11 @@ from pipeline.attack_run import SampleDataset
 from pipeline.config import Attack, Dataset, Distillation
 from pipeline.data import Prepared, content_digest
 from pipeline.models import Architecture, Classifier, build
+from pipeline.provenance import ROOT
 from pipeline.storage import Store
 from pipeline.weights import load_weights, save_weights
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def real_data(name):
