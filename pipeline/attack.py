@@ -15,6 +15,7 @@ from pipeline.data import Prepared
 from pipeline.heo2019 import heo2019
 from pipeline.models import Classifier, folded, placed
 from pipeline.newton import newton
+from pipeline.runtime import one_cpu_thread
 from pipeline.status import Status
 from pipeline.views import Stream, apply_views, draw_views, uniforms
 
@@ -46,9 +47,10 @@ class Search:
         # The search runs on a faster copy of the network; what is recorded comes from the network itself.
         self.fast = folded(self.teacher)
 
+    @one_cpu_thread()
     @torch.no_grad()
     def shard_values(self, train: Prepared, block: Block) -> dict[str, NDArray[Any]]:
-        """All columns of one shard."""
+        """All columns of one shard, whose bytes do not depend on the number of CPU threads."""
         attack, dataset = self.attack, self.dataset
         rows = slice(block.start, block.start + block.rows)
         drawn = draw_views(attack.seed, block.view, block.start, block.rows, dataset.padding, dataset.flip)

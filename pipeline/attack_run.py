@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from pipeline.attack import Block, Search
 from pipeline.config import Attack, Dataset
 from pipeline.data import Prepared
 from pipeline.errors import ParameterError, ShardError
+from pipeline.forks import run_in_forks
 from pipeline.provenance import code_digest, fingerprint
 from pipeline.shard_format import (
     FORMAT_VERSION,
@@ -74,21 +76,38 @@ class SampleDataset:
         """The shards that are not in the store, or no longer as they were written."""
         return [block for block in self.blocks if self.store.find(self.stored_name(block)) is None]
 
-    def make(self, search: Search, blocks: list[Block]) -> Iterator[Block]:
-        """Make shards in the store, one at a time; yields each when it is there to stay."""
-        for block in blocks:
-            values = search.shard_values(self.train, block)
-            write_shard(
-                self.store.path(self.stored_name(block)),
-                values,
-                self.columns,
-                fingerprint=self.fingerprint,
-                view=block.view,
-                block=block.number,
-                compression=self.attack.compression,
-            )
-            self.store.seal(self.stored_name(block))
-            yield block
+    def make(self, search: Search, blocks: list[Block], workers: int = 1) -> Iterator[Block]:
+        """Make shards in the store; yields each when it is there to stay.
+
+        Args:
+            search: on this process's device.
+            blocks: which shards.
+            workers: with more than one, so many forks of this process make shards side by side, on a CPU; the bytes are
+                the same, the order is not.
+
+        Raises:
+            WorkerError: a fork was killed.
+        """
+        if workers == 1:
+            for block in blocks:
+                self._make_one(search, block)
+                yield block
+        else:
+            for number in run_in_forks([partial(self._make_one, search, block) for block in blocks], workers):
+                yield blocks[number]
+
+    def _make_one(self, search: Search, block: Block, slot: int = 0) -> None:
+        name = self.stored_name(block)
+        write_shard(
+            self.store.path(name),
+            search.shard_values(self.train, block),
+            self.columns,
+            fingerprint=self.fingerprint,
+            view=block.view,
+            block=block.number,
+            compression=self.attack.compression,
+        )
+        self.store.seal(name)
 
     def prune(self) -> int:
         """Remove all other shards from the store; returns how many."""

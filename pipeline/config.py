@@ -141,7 +141,9 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda"]
     devices: Count = Field(description="GPUs, or CPU processes, that share the batches of a training run")
     threads: Count | None = Field(description="of the CPU; by default all cores")
-    workers: Count | None = Field(description="seeds trained side by side on a CPU; by default one a core")
+    workers: Count | None = Field(
+        description="seeds trained, or shards made, side by side on a CPU; by default one a core"
+    )
     search_batch: Count | None = Field(description="samples per batch of the boundary search; by default by device")
 
 

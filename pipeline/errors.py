@@ -25,5 +25,9 @@ class StoreError(PipelineError):
     """A file cannot be written or the private store is in use by another process."""
 
 
+class WorkerError(PipelineError):
+    """Workers cannot be started or reached, are lost, or have other files than this process."""
+
+
 class TrainingError(PipelineError):
     """Training cannot go on, for example because the loss is not finite."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -37,6 +39,25 @@ def choose_device(runtime: Runtime) -> torch.device:
 def cpu_threads(runtime: Runtime) -> int:
     """How many threads this process may use."""
     return runtime.threads or len(os.sched_getaffinity(0))
+
+
+def side_by_side(runtime: Runtime, device: torch.device) -> int:
+    """How many runs are trained, or shards made, at once by one command: several on a CPU, one on a GPU."""
+    return runtime.workers or cpu_threads(runtime) if device.type == "cpu" else 1
+
+
+@contextlib.contextmanager
+def one_cpu_thread() -> Iterator[None]:
+    """Compute with one thread, for results that do not depend on how many there are.
+
+    Libraries of linear algebra share small matrix products out among threads, and then round them otherwise.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def search_batch(runtime: Runtime, device: torch.device) -> int:

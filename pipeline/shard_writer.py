@@ -63,3 +63,6 @@ def write_shard(
                 shuffle=compression != "none",
                 track_times=False,
             )
+            # Else HDF5 writes a column when its last reference goes, which is a matter of chance (a profiler may hold
+            # one), and the columns come to lie in another order.
+            file.flush()

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from pipeline.attack import Search
 from pipeline.batches import Batch, FreshSource, Source
-from pipeline.config import Params
-from pipeline.data import Prepared
-from pipeline.errors import DataError, TrainingError
+from pipeline.config import Params, Runtime
+from pipeline.data import Prepared, read_prepared, read_validation
+from pipeline.errors import DataError
 from pipeline.forks import run_in_forks
 from pipeline.methods import LOSSES
 from pipeline.models import Architecture
 from pipeline.online_source import OnlineSource
 from pipeline.provenance import code_digest, fingerprint
-from pipeline.runtime import cpu_threads, search_batch
+from pipeline.runtime import cpu_threads, search_batch, side_by_side
 from pipeline.shard_format import MANIFEST
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
@@ -46,6 +46,35 @@ class Inputs(NamedTuple):
     validation: Prepared | None
     shards: BoundaryShards | None
     teacher: Path | None
+
+
+class InputPaths(NamedTuple):
+    """Where the inputs of students are."""
+
+    shards: Path
+    """Directory of the sample dataset."""
+    prepared: Path
+    """Directory of the prepared splits."""
+    teacher: Path
+    """Weights."""
+
+    def absolute(self) -> InputPaths:
+        return InputPaths(*(path.absolute() for path in self))
+
+    def read(self, source: str) -> Inputs:
+        """What methods with a source ('fresh', 'shards' or 'online') need, and prepared splits that are there.
+
+        Raises:
+            PipelineError: something that is needed is missing or damaged.
+        """
+        needed = source != "shards"
+        train, validation = self.prepared / "train.h5", self.prepared / "validation.h5"
+        return Inputs(
+            train=read_prepared(train) if needed or train.exists() else None,
+            validation=read_validation(validation) if needed or validation.exists() else None,
+            shards=BoundaryShards(self.shards) if source == "shards" else None,
+            teacher=self.teacher if source == "online" else None,
+        )
 
 
 class StudentRun:
@@ -110,8 +139,8 @@ class StudentRun:
             raise DataError(f"{self.name}: needs {what} (source '{self.method.source}'), which is not there")
         return value
 
-    def fit(self, seed: int, bar_position: int = 0) -> Fit:
-        """Train with one seed, or find the finished run; the progress bar goes `bar_position` lines down."""
+    def fit(self, seed: int, bar_position: int | None = 0) -> Fit:
+        """Train with one seed, or find the finished run; the progress bar goes so many lines down, None for no bar."""
         weights, loss = self.params.distillation, LOSSES[self.method.algorithm]
 
         def loss_of(student: nn.Module, batch: Batch, progress: float) -> Tensor:
@@ -120,7 +149,7 @@ class StudentRun:
         return fit(
             self.fabric,
             self.store,
-            self._key(seed),
+            self.key(seed),
             self.architecture,
             lambda: self._source(seed),
             loss_of,
@@ -131,37 +160,33 @@ class StudentRun:
             bar_position,
         )
 
-    def _key(self, seed: int) -> str:
+    def key(self, seed: int) -> str:
+        """The fingerprint of the run with a seed."""
         return fingerprint(self.architecture._asdict(), self.reads, seed, *processes_of(self.fabric))
 
-    def fit_all(self) -> list[Fit]:
-        """Train with all seeds, or find the finished runs; on a CPU side by side, in forks of this process.
+    def unfinished(self) -> list[int]:
+        """The seeds without a finished run."""
+        return [seed for seed in range(self.params.seeds) if find_fit(self.store, self.key(seed)) is None]
 
-        How many threads a run has does not depend on how many seeds there are or what is finished already, so that
-        it does not matter in which order runs are made.
-        """
-        seeds, runtime = range(self.params.seeds), self.params.runtime
-        unfinished = [seed for seed in seeds if find_fit(self.store, self._key(seed)) is None]
-        workers = runtime.workers or cpu_threads(runtime)
-        if self.fabric.device.type == "cpu" and self.fabric.world_size == 1 and workers > 1 and unfinished:
+    def fit_all(self) -> list[Fit]:
+        """Train with all seeds, or find the finished runs; on a CPU side by side, in forks of this process."""
+        runtime, unfinished = self.params.runtime, self.unfinished()
+        workers = side_by_side(runtime, self.fabric.device)
+        if self.fabric.world_size == 1 and workers > 1 and unfinished:
             torch.set_num_threads(1)  # OpenMP's threads do not live on in a fork, which would wait for them for ever
             if self.method.source == "shards":
                 self._shards()  # loaded here, the pages are shared by all workers
-            threads_each = max(1, cpu_threads(runtime) // workers)
             try:
-                run_in_forks([partial(self._fit_in_fork, seed, threads_each) for seed in unfinished], workers)
-            except ChildProcessError:
-                raise TrainingError(
-                    f"{self.name}: a worker was killed, perhaps for want of memory; set runtime.workers to less than "
-                    f"{workers}; finished seeds are kept"
-                ) from None
+                for _ in run_in_forks([partial(self._fit_in_fork, seed) for seed in unfinished], workers):
+                    pass
             finally:
                 torch.set_num_threads(cpu_threads(runtime))
-        fits = [self.fit(seed) for seed in seeds]
-        return [fit._replace(reused=seed not in unfinished) for seed, fit in zip(seeds, fits, strict=True)]
+        fits = [self.fit(seed) for seed in range(self.params.seeds)]
+        self._shard_source = None  # others may need the memory
+        return [fit._replace(reused=seed not in unfinished) for seed, fit in enumerate(fits)]
 
-    def _fit_in_fork(self, seed: int, threads: int, slot: int) -> None:
-        torch.set_num_threads(threads)
+    def _fit_in_fork(self, seed: int, slot: int) -> None:
+        torch.set_num_threads(threads_each(self.params.runtime, self.fabric.device))
         self.fit(seed, slot)
 
     def _source(self, seed: int) -> Source:
@@ -188,3 +213,12 @@ class StudentRun:
                 train=self.inputs.train,
             )
         return self._shard_source
+
+
+def threads_each(runtime: Runtime, device: torch.device) -> int:
+    """How many CPU threads one of them has.
+
+    It does not depend on how many seeds there are, what is finished already or where a run is trained: it may change a
+    result by rounding.
+    """
+    return max(1, cpu_threads(runtime) // side_by_side(runtime, device))

@@ -64,7 +64,7 @@ def fit(
     seed: int,
     validation: Prepared | None,
     description: str,
-    bar_position: int = 0,
+    bar_position: int | None = 0,
 ) -> Fit:
     """Train a network from scratch, or return the finished run of the same fingerprint.
 
@@ -83,7 +83,7 @@ def fit(
         seed: of the first weights.
         validation: for the curve only; nothing is chosen by it.
         description: for progress.
-        bar_position: lines below the cursor at which the progress bar is drawn.
+        bar_position: lines below the cursor at which the progress bar is drawn; None for no bar.
 
     Raises:
         TrainingError: the loss is not finite; the last checkpoint is kept.
@@ -138,7 +138,7 @@ class _Run:
         seed: int,
         validation: Prepared | None,
         description: str,
-        bar_position: int,
+        bar_position: int | None,
     ) -> list[dict[str, float]]:
         self._resume()
         epochs = self.training.epochs
@@ -148,7 +148,7 @@ class _Run:
             desc=description,
             unit="epoch",
             position=bar_position,
-            disable=None if self.fabric.is_global_zero else True,
+            disable=None if self.fabric.is_global_zero and bar_position is not None else True,
             leave=False,
         ) as bar:
             for epoch in range(len(self.curve), epochs):

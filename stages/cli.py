@@ -31,6 +31,16 @@ def path_option(name: str, default: str, text: str) -> Callable[[Callable[..., A
     return click.option(name, type=PATH, default=Path(default), show_default=True, help=text)
 
 
+def scheduler_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The option to work on a dask cluster."""
+    return click.option(
+        "--scheduler",
+        metavar="N|ADDRESS",
+        help="Work on a dask cluster: N workers of this machine, or the scheduler at tcp://HOST:PORT, whose workers "
+        "see the same files.  [default: in this process]",
+    )(function)
+
+
 def errors_in_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
     """Turn what a user can mend into one line and an exit code; with --debug into a traceback."""
 

@@ -1,90 +1,122 @@
-"""Stage student: train one student by one method, all seeds."""
+"""Stage student: train one student by one method, all seeds; or all students by all methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean
 
 import click
+from tqdm import tqdm
 
-from pipeline.config import load_params
-from pipeline.data import Prepared, read_prepared, read_validation
+from pipeline.cluster import connected
+from pipeline.config import Params, load_params
 from pipeline.errors import ParameterError
 from pipeline.networks import check_network
 from pipeline.runtime import make_fabric
-from pipeline.shard_reader import BoundaryShards
 from pipeline.storage import Store, atomic_directory, copy_file, lock, write_atomically, write_json
-from pipeline.student_run import Inputs, StudentRun
+from pipeline.student_run import InputPaths, StudentRun
+from pipeline.student_worker import Task, fit_on_workers
 from pipeline.training import curve_csv
-from stages.cli import PATH, WORK, errors_in_one_line, params_option, path_option, say
+from stages.cli import WORK, errors_in_one_line, params_option, path_option, say, scheduler_option
 
 
 @click.command()
 @params_option
-@click.option("--student", required=True, help="Network to train, as resnet8w2.")
-@click.option("--method", required=True, help="Name of an entry of `method` in the parameters.")
+@click.option("--student", help="Network to train, as resnet8w2.")
+@click.option("--method", help="Name of an entry of `method` in the parameters.")
+@click.option("--all", "everything", is_flag=True, help="Train all `students` by all `methods` of the parameters.")
 @path_option("--shards", "data/bss", "Sample dataset, for methods with source 'shards'.")
 @path_option("--prepared", "data/prepared", "Prepared splits; without them, shards still train, without a curve.")
 @path_option("--teacher", "models/teacher.safetensors", "Teacher's weights, for methods with source 'online'.")
-@click.option("--out", type=PATH, help="Directory for the weights.  [default: models/students/STUDENT-METHOD]")
-@click.option("--reports", type=PATH, help="Directory for the curves.  [default: reports/students/STUDENT-METHOD]")
+@path_option("--out", "models/students", "Directory for the weights, in a folder STUDENT-METHOD.")
+@path_option("--reports", "reports/students", "Directory for the curves, in a folder STUDENT-METHOD.")
+@scheduler_option
 @errors_in_one_line
 def main(
     params_path: Path,
-    student: str,
-    method: str,
+    student: str | None,
+    method: str | None,
+    everything: bool,
     shards: Path,
     prepared: Path,
     teacher: Path,
-    out: Path | None,
-    reports: Path | None,
+    out: Path,
+    reports: Path,
+    scheduler: str | None,
 ) -> None:
     """Train a student by a method, once for each seed.
 
     Writes seed-N.safetensors, and curves.csv and metrics.json (accuracy on the validation split, fraction). Finished
-    seeds are kept in .work/fits: another seed trains only that one.
+    seeds are kept in .work/fits: another seed trains only that one, and `dvc repro` after --all trains nothing again.
 
+    \b
     Example: python -m stages.student --student resnet8w2 --method bss
+             python -m stages.student --all --scheduler 4
     """
     params = load_params(params_path)
+    chosen = _choose(params, student, method, everything)
+    paths, store = InputPaths(shards, prepared, teacher), Store(WORK / "fits")
+    inputs = {source: paths.read(source) for source in {params.method[method].source for _, method in chosen}}
+    if scheduler is not None and params.runtime.devices > 1:
+        raise ParameterError("--scheduler: trains each run on one device, but runtime.devices is more than 1")
+    fabric = make_fabric(params.runtime, params.training.precision)
+    runs = [StudentRun(params, *each, inputs[params.method[each[1]].source], fabric, store) for each in chosen]
+    with ExitStack() as stack:
+        if fabric.is_global_zero:
+            for run in runs:
+                stack.enter_context(lock(WORK / f"student-{run.name}.lock", say))
+        fabric.barrier()  # all processes look for finished runs when nobody else writes
+        unfinished = [run.unfinished() for run in runs]
+        if scheduler is not None and any(unfinished):
+            tasks = [
+                Task(*each, seed, run.key(seed))
+                for each, run, seeds in zip(chosen, runs, unfinished, strict=True)
+                for seed in seeds
+            ]
+            client = stack.enter_context(connected(scheduler, params.runtime, say))
+            with tqdm(total=len(tasks), desc="students", unit="run", disable=None) as bar:
+                for _ in fit_on_workers(client, params, paths, store, tasks, say):
+                    bar.update()
+        for run, seeds in zip(runs, unfinished, strict=True):
+            figures = _fit_and_publish(run, out / run.name, reports / run.name)
+            if fabric.is_global_zero:
+                reused = params.seeds - len(seeds)
+                click.echo(
+                    f"wrote {out / run.name}: {params.seeds} seeds ({len(seeds)} trained, {reused} reused){figures}"
+                )
+
+
+def _choose(params: Params, student: str | None, method: str | None, everything: bool) -> list[tuple[str, str]]:
+    """The students and methods to train."""
+    if everything:
+        if student or method:
+            raise ParameterError("--all: takes `students` and `methods` from the parameters, not --student or --method")
+        return [(student, method) for student in params.students for method in params.methods]
+    if not student or not method:
+        raise ParameterError("--student and --method: both are needed, or --all")
     try:
         check_network(student)
     except ValueError as error:
         raise ParameterError(f"--student: {error} (got '{student}')") from None
     if method not in params.method:
         raise ParameterError(f"--method: expected one of {', '.join(params.method)}, got '{method}'")
-    name = f"{student}-{method}"
-    out, reports = out or Path("models/students") / name, reports or Path("reports/students") / name
-    source = params.method[method].source
-    inputs = Inputs(
-        train=_read(read_prepared, prepared / "train.h5", source != "shards"),
-        validation=_read(read_validation, prepared / "validation.h5", source != "shards"),
-        shards=BoundaryShards(shards) if source == "shards" else None,
-        teacher=teacher if source == "online" else None,
-    )
-    fabric = make_fabric(params.runtime, params.training.precision)
-    run = StudentRun(params, student, method, inputs, fabric, Store(WORK / "fits"))
-    with lock(WORK / f"student-{name}.lock", say) if fabric.is_global_zero else nullcontext():
-        fabric.barrier()  # all processes look for finished runs when nobody else writes
-        fits = run.fit_all()
-        if not fabric.is_global_zero:
-            return
-        with atomic_directory(out, "seed-*.safetensors") as directory:
-            for seed, fit in enumerate(fits):
-                copy_file(fit.weights, directory / f"seed-{seed}.safetensors")
+    return [(student, method)]
+
+
+def _fit_and_publish(run: StudentRun, out: Path, reports: Path) -> str:
+    """Train what is not finished, write all seeds; returns the figures for the last line."""
+    fits = run.fit_all()
+    if not run.fabric.is_global_zero:
+        return ""
+    with atomic_directory(out, "seed-*.safetensors") as directory:
+        for seed, fit in enumerate(fits):
+            copy_file(fit.weights, directory / f"seed-{seed}.safetensors")
     write_atomically(reports / "curves.csv", curve_csv([({"seed": n}, fit.curve) for n, fit in enumerate(fits)]))
     last = [fit.curve[-1] for fit in fits]
     metrics = {key: mean(row[key] for row in last) for key in ("loss", "validation_accuracy") if key in last[0]}
     write_json(reports / "metrics.json", metrics)
-    reused = sum(fit.reused for fit in fits)
-    figures = f", validation accuracy {metrics['validation_accuracy']:.1%}" if "validation_accuracy" in metrics else ""
-    click.echo(f"wrote {out}: {len(fits)} seeds ({len(fits) - reused} trained, {reused} reused){figures}")
-
-
-def _read(read: Callable[[Path], Prepared | None], path: Path, needed: bool) -> Prepared | None:
-    return read(path) if needed or path.exists() else None
+    return f", validation accuracy {metrics['validation_accuracy']:.1%}" if "validation_accuracy" in metrics else ""
 
 
 if __name__ == "__main__":

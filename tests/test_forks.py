@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, WorkerError
 from pipeline.forks import run_in_forks
 
 
@@ -19,15 +19,15 @@ def test_every_task_runs_once_and_no_slot_is_taken_twice_at_a_time(tmp_path):
         held.rmdir()
         (tmp_path / f"task-{number}").write_text(f"{slot} {os.getpid()}")
 
-    run_in_forks([partial(task, number) for number in range(7)], 3)
+    list(run_in_forks([partial(task, number) for number in range(7)], 3))
     results = [path.read_text().split() for path in sorted(tmp_path.glob("task-*"))]
     assert len({process for _, process in results} | {str(os.getpid())}) == 8
     assert {slot for slot, _ in results} == {"0", "1", "2"}
 
 
 def test_fewer_tasks_than_slots(tmp_path):
-    run_in_forks([], 4)
-    run_in_forks([lambda slot: (tmp_path / str(slot)).touch()], 4)
+    list(run_in_forks([], 4))
+    list(run_in_forks([lambda slot: (tmp_path / str(slot)).touch()], 4))
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
 
@@ -68,8 +68,8 @@ def raise_large():
     ("act", "error"),
     [
         (raise_large, DataError),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), ChildProcessError),
-        (lambda: os._exit(3), ChildProcessError),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), WorkerError),
+        (lambda: os._exit(3), WorkerError),
         (lambda: os.kill(os.getpid(), signal.SIGINT), KeyboardInterrupt),
         (lambda: os.kill(os.getppid(), signal.SIGINT), KeyboardInterrupt),
     ],
@@ -78,7 +78,7 @@ def test_the_first_to_fail_ends_all(tmp_path, act, error):
     (tmp_path / "running").mkdir()
     tasks = [sleep_in(tmp_path / "running"), after_one_sleeps(tmp_path / "running", act)]
     with pytest.raises(error):
-        run_in_forks([*tasks, lambda slot: (tmp_path / "third").touch()], 2)
+        list(run_in_forks([*tasks, lambda slot: (tmp_path / "third").touch()], 2))
     (process,) = (int(path.name) for path in (tmp_path / "running").iterdir())
     assert gone(process)
     assert not (tmp_path / "third").exists()
@@ -86,7 +86,7 @@ def test_the_first_to_fail_ends_all(tmp_path, act, error):
 
 def test_an_error_tells_where_it_was_raised():
     with pytest.raises(DataError, match="xxx") as caught:
-        run_in_forks([lambda slot: raise_large()], 1)
+        list(run_in_forks([lambda slot: raise_large()], 1))
     assert "in raise_large" in caught.value.__notes__[0]
 
 
@@ -100,14 +100,14 @@ def test_an_error_that_does_not_pickle_is_told_in_words():
         raise OddError("first", "second")
 
     with pytest.raises(RuntimeError, match=r"OddError in a fork: first\nTraceback"):
-        run_in_forks([task], 1)
+        list(run_in_forks([task], 1))
 
 
 def test_forks_end_with_their_parent(tmp_path):
     parent = os.fork()
     if not parent:
         try:
-            run_in_forks([sleep_in(tmp_path)] * 2, 2)
+            list(run_in_forks([sleep_in(tmp_path)] * 2, 2))
         finally:
             os._exit(1)
     while len(forks := list(tmp_path.iterdir())) < 2:

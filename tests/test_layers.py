@@ -20,10 +20,12 @@ LAYERS = (
         "heo2019",
         "batches",
         "prediction",
+        "cluster",
     },
     {"attack", "teacher", "shard_source", "methods", "evaluation", "training"},
     {"attack_run", "online_source", "teacher_run"},
-    {"student_run"},
+    {"student_run", "attack_worker"},
+    {"student_worker"},
 )
 STAGES = ("prepare", "teacher", "attack", "student", "evaluate", "report")
 

@@ -182,10 +182,10 @@ def test_students_train_from_shards_alone(finished, method):
     (finished / "models/teacher.safetensors").unlink()
     assert "2 seeds (2 trained, 0 reused)" in run(*student(method), "--out", "alone", "--reports", "alone-reports")
     for seed in range(2):
-        state = load_file(finished / f"alone/seed-{seed}.safetensors")
+        state = load_file(finished / f"alone/resnet8w2-{method}/seed-{seed}.safetensors")
         for name, tensor in expected[seed].items():
             assert torch.equal(state[name], tensor), name
-    rows = list(csv.DictReader((finished / "alone-reports/curves.csv").open()))
+    rows = list(csv.DictReader((finished / f"alone-reports/resnet8w2-{method}/curves.csv").open()))
     assert "validation_accuracy" not in rows[0]
 
 
@@ -601,12 +601,12 @@ def test_commands_without_networks_start_without_torch():
     assert "torch" not in modules
 
 
-def test_no_stage_needs_dvc():
+def test_no_stage_needs_dvc_or_imports_dask_unasked():
     names = sorted(path.stem for path in (ROOT / "stages").glob("*.py"))
     assert set(STAGES) <= set(names)
     modules = imported_after("import " + ", ".join(f"stages.{name}" for name in names if name != "__init__"))
     assert "stages.student" in modules
-    assert not {name for name in modules if name.split(".")[0] in ("dvc", "dvclive")}
+    assert not {name for name in modules if name.split(".")[0] in ("dvc", "dvclive", "dask", "distributed")}
 
 
 def two_processes(project, launcher, method, student="timm.test_mambaout"):
@@ -624,7 +624,7 @@ def two_processes(project, launcher, method, student="timm.test_mambaout"):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("wrote ") == 1
-    return load_file(project / launcher / "seed-0.safetensors")
+    return load_file(project / launcher / f"{student}-{method}/seed-0.safetensors")
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "fabric"])
@@ -632,7 +632,7 @@ def test_two_processes_end_with_the_weights_of_one(project, launcher):
     write_params(project / "params.yaml", {"seeds": 1})
     run("student", "--student", "timm.test_mambaout", "--method", "original", "--out", "one")
     shutil.rmtree(project / ".work")
-    one, two = load_file(project / "one/seed-0.safetensors"), two_processes(project, launcher, "original")
+    one, two = load_file(project / "one/timm.test_mambaout-original/seed-0.safetensors"), two_processes(project, launcher, "original")
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
 

@@ -1,0 +1,131 @@
+"""Tasks on the workers of a dask cluster: processes of this machine, or of others that see the same files."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from asyncio import CancelledError
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from pipeline.config import Runtime
+from pipeline.errors import WorkerError
+from pipeline.runtime import choose_device
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+Cluster = contextlib.AbstractContextManager[Any]
+
+RETRIES = 2  # of a task that fails, for files that another machine sees late
+CONNECT_SECONDS = 30
+PATIENCE_SECONDS = 10  # without any result, before a look at the workers
+_one_at_a_time = threading.Lock()  # in a worker, whose threads all serve one task
+
+
+@contextlib.contextmanager
+def connected(scheduler: str, runtime: Runtime, say: Callable[[str], None]) -> Iterator[Client]:
+    """A client of a cluster.
+
+    Args:
+        scheduler: a number of workers to start on this machine, which share its cores, or have a GPU each; or the
+            address of a running cluster, as tcp://host:8786.
+        runtime: device and threads.
+        say: is told where the dashboard is.
+
+    Raises:
+        WorkerError: dask is not installed, or the cluster cannot be started or reached.
+    """
+    try:
+        from distributed import Client
+    except ImportError:
+        raise WorkerError("dask is not installed: pip install 'boundary-distillation[dask]'") from None
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters comes as the error of a task
+    with contextlib.ExitStack() as stack:
+        try:
+            address = stack.enter_context(_local_cluster(int(scheduler), runtime)) if scheduler.isdigit() else scheduler
+            client = stack.enter_context(Client(address, timeout=CONNECT_SECONDS))
+        except (OSError, ValueError, TimeoutError) as error:
+            raise WorkerError(f"--scheduler {scheduler}: cannot be started or reached: {error}") from None
+        say(f"{_count_workers(client)} workers, dashboard {client.dashboard_link}")
+        yield client
+
+
+def _local_cluster(workers: int, runtime: Runtime) -> Cluster:
+    if workers < 1:
+        raise WorkerError(f"--scheduler {workers}: at least one worker is needed")
+    if choose_device(runtime).type == "cuda":
+        try:
+            from dask_cuda import LocalCUDACluster
+        except ImportError:
+            raise WorkerError("workers on GPUs need dask-cuda: pip install dask-cuda") from None
+        return cast(Cluster, LocalCUDACluster(n_workers=workers, dashboard_address=":0"))
+    from distributed import LocalCluster
+
+    cluster: Cluster = LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        memory_limit=0,  # dask would stop a worker in the middle of a task
+        dashboard_address=":0",
+        silence_logs=logging.CRITICAL,
+    )
+    return cluster
+
+
+def _count_workers(client: Client) -> int:
+    return len(client.nthreads())
+
+
+def on_workers(
+    client: Client, function: Callable[[Task], Result], tasks: Iterable[Task], say: Callable[[str], None]
+) -> Iterator[Result]:
+    """Results of a function that workers can import, as they come; a task whose worker dies is given to another.
+
+    Args:
+        client: of the cluster.
+        function: called in a worker, one task at a time in each process.
+        tasks: its arguments.
+        say: is told when the cluster has no workers.
+
+    Raises:
+        WorkerError: a task was lost with several workers, or the scheduler is gone.
+        Exception: what a task raised, more than once.
+    """
+    from distributed import wait
+
+    waiting, running = deque(tasks), set[Any]()
+    while waiting or running:
+        while waiting and len(running) < 2 * max(1, _count_workers(client)):
+            running.add(client.submit(_call, function, waiting.popleft(), pure=False, retries=RETRIES))
+        try:
+            done, running = wait(running, timeout=PATIENCE_SECONDS, return_when="FIRST_COMPLETED")
+        except TimeoutError:
+            if _count_workers(client) == 0:
+                say("the cluster has no workers: waiting for some")
+            continue
+        except CancelledError:
+            raise WorkerError("the scheduler is gone: run again, finished work is kept") from None
+        for future in done:
+            yield _result(future)
+
+
+def _result(future: Any) -> Any:
+    from distributed import KilledWorker
+
+    try:
+        return future.result()
+    except KilledWorker as error:
+        workers = error.allowed_failures + 1
+        raise WorkerError(f"{workers} workers died with the same task, perhaps for want of memory") from None
+    except CancelledError:
+        raise WorkerError("the scheduler is gone: run again, finished work is kept") from None
+
+
+def _call(function: Callable[[Task], Result], task: Task) -> Result:
+    with _one_at_a_time:
+        return function(task)
