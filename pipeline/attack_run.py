@@ -21,6 +21,7 @@ from pipeline.shard_format import (
     ShardEntry,
     columns_of,
     count_statuses,
+    is_shard,
     manifest_text,
     read_columns,
     totals_of,
@@ -73,8 +74,14 @@ class SampleDataset:
         return stored_name(self.fingerprint, block.view, block.number)
 
     def missing(self) -> list[Block]:
-        """The shards that are not in the store, or no longer as they were written."""
-        return [block for block in self.blocks if self.store.find(self.stored_name(block)) is None]
+        """The shards that are not in the store, or no longer as they were written; clears up after killed runs."""
+        self.store.sweep(self.fingerprint)
+        return [block for block in self.blocks if self.stored(block) is None]
+
+    def stored(self, block: Block) -> Path | None:
+        """The path of a finished shard in the store; None if there is none, or it is another one under its name."""
+        path = self.store.find(self.stored_name(block))
+        return path if path and is_shard(path, self.fingerprint, block.view, block.number) else None
 
     def make(self, search: Search, blocks: list[Block], workers: int = 1) -> Iterator[Block]:
         """Make shards in the store; yields each when it is there to stay.
@@ -142,7 +149,7 @@ class SampleDataset:
         with atomic_directory(directory, "*.h5", MANIFEST) as temporary:
             entries = []
             for block in self.blocks:
-                source = self.store.find(self.stored_name(block))
+                source = self.stored(block)
                 if source is None:
                     raise ShardError(f"{self.store.path(self.stored_name(block))}: missing, run the attack again")
                 entries.append(entry_of(source, block))

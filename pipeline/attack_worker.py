@@ -62,7 +62,7 @@ def make_shard(job: Job, block: Block) -> Block:
         WorkerError: the worker has other files or other code than the client.
     """
     dataset, search = _loaded(job)
-    if dataset.store.find(dataset.stored_name(block)) is None:  # else a worker made it, and died before it could tell
+    if dataset.stored(block) is None:  # else a worker made it, and died before it could tell
         list(dataset.make(search, [block]))
     return block
 

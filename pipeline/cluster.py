@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from asyncio import CancelledError
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pipeline.config import Runtime
@@ -96,33 +96,26 @@ def on_workers(
         WorkerError: a task was lost with several workers, or the scheduler is gone.
         Exception: what a task raised, more than once.
     """
-    from distributed import wait
+    from distributed import KilledWorker, wait
+    from distributed.comm import CommClosedError
 
     waiting, running = deque(tasks), set[Any]()
-    while waiting or running:
-        while waiting and len(running) < 2 * max(1, _count_workers(client)):
-            running.add(client.submit(_call, function, waiting.popleft(), pure=False, retries=RETRIES))
-        try:
-            done, running = wait(running, timeout=PATIENCE_SECONDS, return_when="FIRST_COMPLETED")
-        except TimeoutError:
-            if _count_workers(client) == 0:
-                say("the cluster has no workers: waiting for some")
-            continue
-        except CancelledError:
-            raise WorkerError("the scheduler is gone: run again, finished work is kept") from None
-        for future in done:
-            yield _result(future)
-
-
-def _result(future: Any) -> Any:
-    from distributed import KilledWorker
-
     try:
-        return future.result()
+        while waiting or running:
+            while waiting and len(running) < 2 * max(1, _count_workers(client)):
+                running.add(client.submit(_call, function, waiting.popleft(), pure=False, retries=RETRIES))
+            try:
+                done, running = wait(running, timeout=PATIENCE_SECONDS, return_when="FIRST_COMPLETED")
+            except TimeoutError:
+                if _count_workers(client) == 0:
+                    say("the cluster has no workers: waiting for some")
+                continue
+            for future in done:
+                yield future.result()
     except KilledWorker as error:
         workers = error.allowed_failures + 1
         raise WorkerError(f"{workers} workers died with the same task, perhaps for want of memory") from None
-    except CancelledError:
+    except (CancelledError, CommClosedError):
         raise WorkerError("the scheduler is gone: run again, finished work is kept") from None
 
 

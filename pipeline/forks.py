@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -20,7 +22,7 @@ Task = Callable[[int], None]
 
 
 def run_in_forks(tasks: Iterable[Task], slots: int) -> Iterator[int]:
-    """Run tasks, so many at a time, each in a fork of this process; yields the number of each when it has ended.
+    """Run tasks, so many at a time, in forks of this process; yields the number of each when it has ended.
 
     The first error, or Ctrl-C, ends the tasks that still run, and the others do not begin. A fork hangs in torch
     operations of several threads if this process has run such operations before: OpenMP's threads do not live on in it.
@@ -30,50 +32,58 @@ def run_in_forks(tasks: Iterable[Task], slots: int) -> Iterator[int]:
         PipelineError: what a task raised, with its traceback as a note.
         RuntimeError: a task raised something else; the traceback is in the message.
     """
-    waiting, running, free = list(enumerate(tasks)), dict[Any, _Fork](), list(range(slots))
+    tasks = list(tasks)
+    waiting, forks, running = iter(range(len(tasks))), list[_Fork](), dict[Any, _Fork]()
     try:
-        while waiting or running:
-            while waiting and free:
-                fork = _Fork(*waiting.pop(0), free.pop(0))
-                running[fork.outcome] = fork
-            for outcome in wait(list(running)):
-                fork = running.pop(outcome)
-                free = sorted([*free, fork.slot])
-                fork.finish(slots)
-                yield fork.number
+        for slot, number in zip(range(slots), waiting, strict=False):
+            forks.append(_Fork(tasks, slot))
+            running[forks[-1].begin(number)] = forks[-1]
+        while running:
+            for connection in wait(list(running)):
+                fork = running.pop(connection)
+                done = fork.finish(slots)
+                for number in islice(waiting, 1):
+                    running[fork.begin(number)] = fork
+                yield done
     finally:
-        for fork in running.values():
+        for fork in forks:
             fork.process.kill()
             fork.process.join()
 
 
 class _Fork:
-    """A task that runs."""
+    """A process that runs one task after the other."""
 
-    def __init__(self, number: int, task: Task, slot: int) -> None:
+    def __init__(self, tasks: Sequence[Task], slot: int) -> None:
         context = multiprocessing.get_context("fork")
-        self.number, self.slot = number, slot
-        self.outcome, sender = context.Pipe(duplex=False)
-        self.process = context.Process(target=_run, args=(task, slot, sender, os.getpid()))
+        self.number = -1
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_run, args=(tasks, slot, other, os.getpid()))
         _start_without_interrupt(self.process)
-        sender.close()
+        other.close()
 
-    def finish(self, slots: int) -> None:
-        """Raise what the task raised."""
+    def begin(self, number: int) -> Connection:
+        """Let it run a task; the connection is ready to be read when the task has ended, well or not."""
+        self.number = number
+        with contextlib.suppress(BrokenPipeError):  # it was killed, which `finish` finds out
+            self.connection.send(number)
+        return self.connection
+
+    def finish(self, slots: int) -> int:
+        """The number of the task that has ended; raises what it raised."""
         try:
-            error = self.outcome.recv()
-        except EOFError:
-            error = None
-        self.process.join()
-        if error is not None:
-            raise error
-        if self.process.exitcode == -signal.SIGINT:  # Ctrl-C, seen here before this process has its own signal
-            raise KeyboardInterrupt
-        if self.process.exitcode:
+            error = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            if self.process.exitcode == -signal.SIGINT:  # Ctrl-C, seen here before this process has its own signal
+                raise KeyboardInterrupt from None
             raise WorkerError(
                 f"a worker process was killed (exit code {self.process.exitcode}), perhaps for want of memory: set "
                 f"runtime.workers to less than {slots}; what is finished is kept"
-            )
+            ) from None
+        if error is not None:
+            raise error
+        return self.number
 
 
 def _start_without_interrupt(process: Any) -> None:
@@ -85,17 +95,21 @@ def _start_without_interrupt(process: Any) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _run(task: Task, slot: int, sender: Connection, parent: int) -> None:
+def _run(tasks: Sequence[Task], slot: int, connection: Connection, parent: int) -> None:
     """What a fork does."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no orphan goes on when the parent is killed (Linux)
     if os.getppid() != parent:  # it was killed before
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent tells the user
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    try:
-        task(slot)
-    except PipelineError as error:
-        error.add_note(traceback.format_exc())
-        sender.send(error)
-    except Exception as error:  # which may not survive the way through a pipe
-        sender.send(RuntimeError(f"{type(error).__name__} in a fork: {error}\n{traceback.format_exc()}"))
+    while True:
+        number = connection.recv()
+        outcome: Exception | None = None
+        try:
+            tasks[number](slot)
+        except PipelineError as error:
+            error.add_note(traceback.format_exc())
+            outcome = error
+        except Exception as error:  # which may not survive the way through a pipe
+            outcome = RuntimeError(f"{type(error).__name__} in a fork: {error}\n{traceback.format_exc()}")
+        connection.send(outcome)

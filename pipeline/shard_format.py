@@ -221,14 +221,22 @@ def check_shard(directory: Path, manifest: Manifest, shard: ShardEntry) -> None:
         raise ShardError(f"{path}: not a readable shard ({error})") from None
 
 
+def attributes_of(fingerprint: str, view: int, block: int) -> dict[str, Any]:
+    """The attributes of a shard."""
+    return {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "view": view, "block": block}
+
+
+def is_shard(path: Path, fingerprint: str, view: int, block: int) -> bool:
+    """Whether a file says of itself that it is a certain shard."""
+    try:
+        with h5py.File(path, "r") as file:
+            return all(file.attrs.get(name) == v for name, v in attributes_of(fingerprint, view, block).items())
+    except OSError:
+        return False
+
+
 def _check_contents(file: h5py.File, path: Path, manifest: Manifest, shard: ShardEntry) -> None:
-    attributes = {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": manifest.fingerprint,
-        "view": shard.view,
-        "block": shard.block,
-    }
-    for name, value in attributes.items():
+    for name, value in attributes_of(manifest.fingerprint, shard.view, shard.block).items():
         if file.attrs.get(name) != value:
             raise ShardError(f"{path}: attribute '{name}' is {file.attrs.get(name)!r}, expected {value!r}")
     if set(file) != set(manifest.columns):

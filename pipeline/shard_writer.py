@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.shard_format import FORMAT_VERSION, Column
+from pipeline.shard_format import Column, attributes_of
 from pipeline.storage import written_hdf5
 
 CHUNK_BYTES = 1 << 17  # a few dozen images: small enough for single rows, large enough for whole shards
@@ -48,10 +48,8 @@ def write_shard(
                 f"got {values[name].dtype} {values[name].shape}"
             )
     with written_hdf5(path) as file:
-        file.attrs["format_version"] = FORMAT_VERSION
-        file.attrs["fingerprint"] = fingerprint
-        file.attrs["view"] = view
-        file.attrs["block"] = block
+        for name, value in attributes_of(fingerprint, view, block).items():
+            file.attrs[name] = value
         for name in columns:
             array = values[name]
             per_chunk = min(rows, max(1, CHUNK_BYTES // array[0].nbytes))

@@ -212,6 +212,14 @@ class Store:
         write_atomically(_digest_path(path), file_digest(path))
         return path
 
+    def sweep(self, folder: str) -> None:
+        """Remove what killed processes left of files that they were writing into a folder of the store.
+
+        Nobody else may be writing there: hold a lock.
+        """
+        for leftover in (self.root / folder).glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+
     def prune(self, keep: Iterable[str]) -> int:
         """Remove all files but those of these names; returns how many were removed."""
         kept = {self.path(name) for name in keep}

@@ -102,6 +102,7 @@ def fit(
         for name in (WEIGHTS, CURVE):
             store.seal(f"{key}/{name}")
         store.path(f"{key}/checkpoint.pt").unlink(missing_ok=True)
+        store.sweep(key)
     fabric.barrier()
     return Fit(store.path(f"{key}/{WEIGHTS}"), curve, reused=False)
 

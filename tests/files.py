@@ -211,19 +211,21 @@ class fork_stage:  # noqa: N801 (used like start_stage)
     """A stage in a process of its own that need not import torch again: a fork of this one, in a folder.
 
     Its interface is the part of `subprocess.Popen` that is used here. It leads a process group, as a command in a shell
-    does. With `file_size`, its files cannot grow beyond so many bytes, which is what a full disk looks like.
+    does. With `file_size`, its files cannot grow beyond so many bytes, as on a full disk; `before` is called first.
     """
 
-    def __init__(self, directory, name, *arguments, file_size=None):
+    def __init__(self, directory, name, *arguments, file_size=None, before=None):
         importlib.import_module(f"stages.{name}")
         importlib.import_module("lightning_fabric")  # imported late by stages that train, and slow
         self.outputs = [os.memfd_create(stream) for stream in ("stdout", "stderr")]
         context = multiprocessing.get_context("fork")
-        self.process = context.Process(target=self._run, args=(directory, name, list(arguments), file_size))
+        self.process = context.Process(
+            target=self._run, args=(directory, name, [*map(str, arguments)], file_size, before)
+        )
         self.process.start()
         self.pid = self.process.pid
 
-    def _run(self, directory, name, arguments, file_size):
+    def _run(self, directory, name, arguments, file_size, before):
         os.setpgrp()
         os.chdir(directory)
         for number, output in enumerate(self.outputs, 1):
@@ -235,6 +237,8 @@ class fork_stage:  # noqa: N801 (used like start_stage)
         torch.set_num_threads(1)  # threads of the parent do not live on in a fork
         if file_size:
             limit_file_size(file_size)
+        if before:
+            before()
         importlib.import_module(f"stages.{name}").main(arguments, prog_name=name)
 
     @property

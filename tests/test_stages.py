@@ -632,7 +632,10 @@ def test_two_processes_end_with_the_weights_of_one(project, launcher):
     write_params(project / "params.yaml", {"seeds": 1})
     run("student", "--student", "timm.test_mambaout", "--method", "original", "--out", "one")
     shutil.rmtree(project / ".work")
-    one, two = load_file(project / "one/timm.test_mambaout-original/seed-0.safetensors"), two_processes(project, launcher, "original")
+    one, two = (
+        load_file(project / "one/timm.test_mambaout-original/seed-0.safetensors"),
+        two_processes(project, launcher, "original"),
+    )
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
 
