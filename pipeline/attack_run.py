@@ -104,9 +104,13 @@ class SampleDataset:
                 yield blocks[number]
 
     def _make_one(self, search: Search, block: Block, slot: int = 0) -> None:
-        name = self.stored_name(block)
+        self.write(self.store.path(self.stored_name(block)), search, block)
+        self.store.seal(self.stored_name(block))
+
+    def write(self, path: Path, search: Search, block: Block) -> None:
+        """Search, and write what is found to a file."""
         write_shard(
-            self.store.path(name),
+            path,
             search.shard_values(self.train, block),
             self.columns,
             fingerprint=self.fingerprint,
@@ -114,7 +118,6 @@ class SampleDataset:
             block=block.number,
             compression=self.attack.compression,
         )
-        self.store.seal(name)
 
     def prune(self) -> int:
         """Remove all other shards from the store; returns how many."""

@@ -45,7 +45,8 @@ def connected(scheduler: str, runtime: Runtime, say: Callable[[str], None]) -> I
         from distributed import Client
     except ImportError:
         raise WorkerError("dask is not installed: pip install 'boundary-distillation[dask]'") from None
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters comes as the error of a task
+    for name in ("distributed", *(name for name in logging.root.manager.loggerDict if name.startswith("distributed."))):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters comes as an error
     with contextlib.ExitStack() as stack:
         try:
             address = stack.enter_context(_local_cluster(int(scheduler), runtime)) if scheduler.isdigit() else scheduler
@@ -97,7 +98,7 @@ def on_workers(
         Exception: what a task raised, more than once.
     """
     from distributed import KilledWorker, wait
-    from distributed.comm import CommClosedError
+    from distributed.comm.core import CommClosedError
 
     waiting, running = deque(tasks), set[Any]()
     try:

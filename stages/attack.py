@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 import click
 from tqdm import tqdm
 
 from pipeline.attack import Search
+from pipeline.attack_plan import Plan, plan
 from pipeline.attack_run import SampleDataset
 from pipeline.attack_worker import make_on_workers
 from pipeline.cluster import connected
@@ -29,8 +31,11 @@ TEACHER_CHECK = 2048  # images on which the teacher is checked first
 @path_option("--out", "data/bss", "Directory for the sample dataset.")
 @scheduler_option
 @click.option("--prune", is_flag=True, help="Afterwards remove all other shards from the store.")
+@click.option("--plan", "only_plan", is_flag=True, help="Only say what is to be made, its size and about how long.")
 @errors_in_one_line
-def main(params_path: Path, prepared: Path, teacher: Path, out: Path, scheduler: str | None, prune: bool) -> None:
+def main(
+    params_path: Path, prepared: Path, teacher: Path, out: Path, scheduler: str | None, prune: bool, only_plan: bool
+) -> None:
     """Search boundary-supporting samples for every view of every training image.
 
     Writes HDF5 shards and manifest.json. Finished shards are kept in .work/shards: a run that was stopped goes on
@@ -43,20 +48,24 @@ def main(params_path: Path, prepared: Path, teacher: Path, out: Path, scheduler:
     model = load_for(teacher, train, "teacher")
     device = choose_device(params.runtime)
     dataset = SampleDataset(train, params.dataset, params.attack, teacher, Store(WORK / "shards"))
-    with lock(WORK / "shards.lock", say):
+    workers = side_by_side(params.runtime, device)
+    with lock(WORK / "shards.lock", say), ExitStack() as stack:
         missing = dataset.missing()
-        if missing:
+        if missing or only_plan:
             checked_accuracy(model, train.thinned(TEACHER_CHECK), device)
-            batch = search_batch(params.runtime, device)
-            with ExitStack() as stack:
-                if scheduler is not None:
-                    client = stack.enter_context(connected(scheduler, params.runtime, say))
-                    made = make_on_workers(client, params, prepared / "train.h5", teacher, dataset, missing, say)
-                else:
-                    search = Search(model, params.attack, params.dataset, device, batch)
-                    made = dataset.make(search, missing, side_by_side(params.runtime, device))
-                rows = sum(block.rows for block in missing)
-                bar = stack.enter_context(tqdm(total=rows, desc="attack", unit="view", unit_scale=True, disable=None))
+            search = Search(model, params.attack, params.dataset, device, search_batch(params.runtime, device))
+        if only_plan:
+            _say_plan(plan(dataset, search), dataset, out, device.type, workers)
+            return
+        if missing:
+            if scheduler is not None:
+                client = stack.enter_context(connected(scheduler, params.runtime, say))
+                made = make_on_workers(client, params, prepared / "train.h5", teacher, dataset, missing, say)
+            else:
+                made = dataset.make(search, missing, workers)
+            views = sum(block.rows for block in missing)
+            description = f"attack, {len(missing)} shards"
+            with tqdm(total=views, desc=description, unit="view", unit_scale=True, disable=None) as bar:
                 for block in made:
                     bar.update(block.rows)
         manifest = dataset.publish(out)
@@ -69,6 +78,29 @@ def main(params_path: Path, prepared: Path, teacher: Path, out: Path, scheduler:
         f"{totals.samples} samples, {totals.statuses['converged'] / max(attacked, 1):.1%} of {attacked} searches "
         f"converged, {totals.bytes / 1e6:.1f} MB"
     )
+
+
+def _say_plan(plan: Plan, dataset: SampleDataset, out: Path, device: str, workers: int) -> None:
+    attack, copies = dataset.attack, 3
+    seconds = round(plan.views / plan.rate / workers)
+    for name, text in (
+        ("shards", f"{plan.missing} to make, {plan.shards - plan.missing} in {WORK / 'shards'}: {plan.shards}"),
+        (
+            "rows",
+            f"{plan.views:,} to search of {len(dataset.train.labels) * attack.views:,}: {attack.views} views of "
+            f"{len(dataset.train.labels):,} images; {attack.targets} target classes each",
+        ),
+        (
+            "bytes",
+            f"{plan.bytes / 1e6:,.1f} MB a copy; {WORK / 'shards'}, {out} and DVC's cache hold {copies} copies, "
+            f"{copies * plan.bytes / 1e6:,.1f} MB, unless the disk shares them; {plan.free / 1e6:,.0f} MB are free",
+        ),
+        (
+            "time",
+            f"about {timedelta(seconds=seconds)}, by {workers} workers on {device}, each {plan.rate:,.0f} views/s",
+        ),
+    ):
+        click.echo(f"{name:<8}{text}")
 
 
 if __name__ == "__main__":

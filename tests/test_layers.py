@@ -24,7 +24,7 @@ LAYERS = (
     },
     {"attack", "teacher", "shard_source", "methods", "evaluation", "training"},
     {"attack_run", "online_source", "teacher_run"},
-    {"student_run", "attack_worker"},
+    {"student_run", "attack_worker", "attack_plan"},
     {"student_worker"},
 )
 STAGES = ("prepare", "teacher", "attack", "student", "evaluate", "report")
