@@ -12,7 +12,7 @@ from pipeline.attack import Search
 from pipeline.attack_run import SampleDataset
 from pipeline.storage import existing_parent
 
-CALIBRATION_SECONDS = 1.0  # the shortest measurement to trust
+CALIBRATION_SECONDS = 2.0  # the shortest measurement to trust
 
 
 class Plan(NamedTuple):

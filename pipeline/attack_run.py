@@ -12,6 +12,7 @@ from pipeline.data import Prepared
 from pipeline.errors import ParameterError, ShardError
 from pipeline.forks import run_in_forks
 from pipeline.provenance import code_digest, fingerprint
+from pipeline.shard_file import read_columns
 from pipeline.shard_format import (
     FORMAT_VERSION,
     MANIFEST,
@@ -23,7 +24,6 @@ from pipeline.shard_format import (
     count_statuses,
     is_shard,
     manifest_text,
-    read_columns,
     totals_of,
 )
 from pipeline.shard_store import stored_name

@@ -7,7 +7,6 @@ at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -253,24 +252,6 @@ def _check_contents(file: h5py.File, path: Path, manifest: Manifest, shard: Shar
                 f"{path}: column '{name}' is {dataset.dtype} {dataset.shape}, "
                 f"expected {column.dtype} {(shard.rows, *column.shape)}"
             )
-
-
-def read_columns(path: Path, columns: Iterable[str]) -> dict[str, NDArray[Any]]:
-    """Whole columns of a shard, as stored, except `index`, which is int64.
-
-    Raises:
-        ShardError: the file is no shard or lacks a column.
-    """
-    try:
-        with h5py.File(path, "r") as file:
-            return {name: as_readable(file[name][:]) for name in columns}
-    except (OSError, KeyError) as error:
-        raise ShardError(f"{path}: not a readable shard ({error})") from None
-
-
-def as_readable(values: Any) -> Any:
-    """The values, uint32 (which torch hardly supports) as int64."""
-    return values.astype(np.int64) if values.dtype == np.uint32 else values
 
 
 def find_problems(directory: Path, manifest: Manifest) -> list[str]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.errors import ShardError
-from pipeline.shard_format import ShardEntry, as_readable, check_shard, read_columns, read_manifest
+from pipeline.shard_file import ShardFile, read_columns
+from pipeline.shard_format import ShardEntry, check_shard, read_manifest
+
+OPEN_FILES = 512  # at most, in each process; it costs milliseconds to open one
+BYTES_PER_READ = 1 << 15  # what can be read in the time that one more read takes
 
 
 class BoundaryShards(Dataset[dict[str, Tensor]]):
@@ -43,25 +46,50 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
                 check_shard(self.directory, self.manifest, shard)
         self._shards = sorted(self.manifest.shards, key=lambda shard: (shard.view, shard.block))
         self._ends = np.cumsum([shard.rows for shard in self._shards])
-        self._files: dict[str, h5py.File] = {}
+        self._row_bytes = {
+            name: np.dtype(c.dtype).itemsize * prod(c.shape) for name, c in self.manifest.columns.items()
+        }
+        self._files: dict[str, ShardFile] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}}  # HDF5 handles do not outlive their process
+        return self.__dict__ | {"_files": {}}  # which do not outlive their process
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Several rows, as a DataLoader asks for them; those of a shard in one read where they lie close together."""
+        places = np.array([self._checked(row) for row in rows], np.int64)
+        positions = np.searchsorted(self._ends, places, side="right")
+        items: list[dict[str, Tensor]] = [{}] * len(places)
+        for position in np.unique(positions):
+            shard = self._shards[position]
+            (wanted,) = np.nonzero(positions == position)
+            columns = self._read_rows(shard, places[wanted] - (int(self._ends[position]) - shard.rows))
+            for number, item in enumerate(wanted):
+                items[item] = {name: column[number] for name, column in columns.items()}
+        return items
+
+    def _checked(self, row: int) -> int:
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        row %= len(self)
-        position = int(np.searchsorted(self._ends, row, side="right"))
-        shard = self._shards[position]
-        offset = row - (int(self._ends[position]) - shard.rows)
-        file = self._open(shard)
-        values = {name: torch.as_tensor(as_readable(file[name][offset])) for name in self.manifest.columns}
+        return row % len(self)
+
+    def _read_rows(self, shard: ShardEntry, offsets: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Rows of one shard, with their samples."""
+        file, first, end = self._open(shard), int(offsets.min()), int(offsets.max()) + 1
+        values = {}
+        for name, row_bytes in self._row_bytes.items():
+            if (end - first) * row_bytes <= len(offsets) * BYTES_PER_READ:
+                array = file.read(name, first, end)[offsets - first]
+            else:
+                array = np.concatenate([file.read(name, offset, offset + 1) for offset in offsets.tolist()])
+            values[name] = torch.from_numpy(array)
         if "image" in values:
-            values["samples"] = samples_of(values["image"][None], values["delta"], values["delta_scale"])
+            values["samples"] = samples_of(values["image"][:, None], values["delta"], values["delta_scale"])
         return values
 
     def shards_of_view(self, view: int) -> list[ShardEntry]:
@@ -72,21 +100,23 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
         """Whole columns of one shard, as stored, except `index`, which is int64."""
         return read_columns(self.directory / shard.name, columns)
 
-    def _open(self, shard: ShardEntry) -> h5py.File:
-        if shard.name not in self._files:
-            try:
-                self._files[shard.name] = h5py.File(self.directory / shard.name, "r")
-            except OSError as error:
-                raise ShardError(f"{self.directory / shard.name}: not a readable shard ({error})") from None
-        return self._files[shard.name]
+    def _open(self, shard: ShardEntry) -> ShardFile:
+        """The shard's file, opened when it is not among those that were read last."""
+        file = self._files.pop(shard.name, None)
+        if file is None:
+            if len(self._files) == OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
+            file = ShardFile(self.directory / shard.name, self.manifest.columns)
+        self._files[shard.name] = file
+        return file
 
 
 def samples_of(images: Tensor, delta: Tensor, scale: Tensor) -> Tensor:
     """Boundary-supporting samples in pixel space: image / 255 + delta * scale, not clipped.
 
     Args:
-        images: (R, C, H, W) uint8 views.
-        delta: (R, C, H, W) int8.
-        scale: (R,) float32.
+        images: (..., C, H, W) uint8 views.
+        delta: (..., C, H, W) int8.
+        scale: (...) float32.
     """
-    return images.float() / 255 + delta.float() * scale[:, None, None, None]
+    return images.float() / 255 + delta.float() * scale[..., None, None, None]

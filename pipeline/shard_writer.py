@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from pipeline.shard_format import Column, attributes_of
 from pipeline.storage import written_hdf5
 
-CHUNK_BYTES = 1 << 17  # a few dozen images: small enough for single rows, large enough for whole shards
+# Of compressed columns, a few dozen images: small enough for single rows, large enough for whole shards. Others are one
+# chunk, so that readers find any rows without HDF5's index.
+CHUNK_BYTES = 1 << 17
 
 
 def write_shard(
@@ -52,7 +54,7 @@ def write_shard(
             file.attrs[name] = value
         for name in columns:
             array = values[name]
-            per_chunk = min(rows, max(1, CHUNK_BYTES // array[0].nbytes))
+            per_chunk = rows if compression == "none" else min(rows, max(1, CHUNK_BYTES // array[0].nbytes))
             file.create_dataset(
                 name,
                 data=array,

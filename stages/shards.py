@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from pipeline.shard_format import Manifest, check_shard, find_problems, read_columns, read_manifest
+from pipeline.shard_file import read_columns
+from pipeline.shard_format import Manifest, check_shard, find_problems, read_manifest
 from pipeline.shard_store import adopt as adopt_shards
 from pipeline.status import Status
 from pipeline.storage import Store, lock

@@ -9,7 +9,7 @@ from pipeline.provenance import ROOT, closure_of, imported_by, path_of
 LAYERS = (
     {"errors", "status", "networks", "provenance", "losses", "similarity", "resnet"},
     {"storage", "config", "views", "projection", "image_files", "forks"},
-    {"shard_format", "runtime", "data", "datasets", "presets", "models", "reporting", "boundary"},
+    {"shard_format", "shard_file", "runtime", "data", "datasets", "presets", "models", "reporting", "boundary"},
     {
         "preparation",
         "weights",

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from pipeline.attack import Block
 from pipeline.errors import ParameterError, ShardError
-from pipeline.shard_format import columns_of, find_problems, read_columns, read_manifest, shard_name
+from pipeline.shard_file import read_columns
+from pipeline.shard_format import columns_of, find_problems, read_manifest, shard_name
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_store import adopt
 from pipeline.shard_writer import write_shard
