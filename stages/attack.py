@@ -88,7 +88,7 @@ def _say_plan(plan: Plan, dataset: SampleDataset, out: Path, device: str, worker
         (
             "rows",
             f"{plan.views:,} to search of {len(dataset.train.labels) * attack.views:,}: {attack.views} views of "
-            f"{len(dataset.train.labels):,} images; {attack.targets} target classes each",
+            f"{len(dataset.train.labels):,} images; target classes of each: {attack.targets}",
         ),
         (
             "bytes",

@@ -54,7 +54,7 @@ def info(directory: Path) -> None:
     """
     manifest = read_manifest(directory)
     for name, value in _facts(directory, manifest):
-        click.echo(f"{name:<24}{value}")
+        click.echo(f"{name:<26}{value}")
 
 
 def _facts(directory: Path, manifest: Manifest) -> list[tuple[str, str]]:

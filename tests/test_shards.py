@@ -260,6 +260,23 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path, made, train):
     assert published(tmp_path) == published(made)
 
 
+def test_references_that_somebody_holds_to_hdf5_objects_change_no_bytes(tmp_path, made, train, monkeypatch):
+    held = []
+    create = h5py.Group.create_dataset
+
+    def create_and_hold(*arguments, **options):  # as a profiler does that looks at the stack at any moment
+        held.append(create(*arguments, **options))
+        return held[-1]
+
+    monkeypatch.setattr(h5py.Group, "create_dataset", create_and_hold)
+    shutil.copy(made / "teacher.safetensors", tmp_path)
+    dataset = dataset_in(tmp_path, train)
+    make_missing(dataset, tmp_path)
+    assert held
+    dataset.publish(tmp_path / "bss")
+    assert published(tmp_path) == published(made)
+
+
 def dataset_in(directory, train, changes=None):
     """The dataset of `made`, with changes, in a directory that has the teacher."""
     return sample_dataset(directory, train, {"attack.targets": 2} | (changes or {}))

@@ -37,6 +37,7 @@ from tests.helpers import tiny_resnet
 
 STAGES = ("prepare", "teacher", "attack", "student", "evaluate", "report")
 METHODS = ("original", "hinton", "bss", "bss_online")
+WRITTEN = ("data", "models", "reports")
 
 
 def student(method):
@@ -192,8 +193,8 @@ def test_students_train_from_shards_alone(finished, method):
 def test_shards_commands_check_describe_and_adopt(finished):
     assert "whole, 16 shards, 340 samples" in run("shards", "verify", "data/bss")
     facts = run("shards", "info", "data/bss")
-    assert "classes                 10: 0, 1, 2" in facts
-    assert "samples                 340" in facts
+    assert "classes                   10: 0, 1, 2" in facts
+    assert "samples                   340" in facts
     shutil.rmtree(finished / ".work/shards")
     assert "16 shards are new in the store, 0 were there" in run("shards", "adopt", "data/bss")
     assert "(0 computed, 16 reused)" in run("attack")
@@ -224,6 +225,28 @@ def test_prune_removes_what_the_parameters_no_longer_ask_for(finished):
     assert result.exit_code == 0
     assert "removed 8 other shards from .work/shards" in result.stderr
     assert len(list((finished / ".work/shards").rglob("*.h5"))) == 8
+
+
+def planned(*arguments):
+    """The lines of `attack --plan` by their first word."""
+    return dict(line.split(maxsplit=1) for line in run("attack", "--plan", *arguments).splitlines())
+
+
+def test_a_plan_says_what_is_to_be_made_and_makes_nothing(finished):
+    before = contents(*(finished / name for name in WRITTEN))
+    copy = sum(path.stat().st_size for path in (finished / "data/bss").glob("*.h5")) / 1e6
+    assert planned()["shards"] == "0 to make, 16 in .work/shards: 16"
+    write_params(finished / "params.yaml", {"attack.views": 6})
+    plan = planned()
+    assert plan["shards"] == "32 to make, 16 in .work/shards: 48"
+    assert plan["rows"].startswith("680 to search of 1,020: 6 views of 170 images; target classes of each: 1")
+    assert float(plan["bytes"].split()[0]) == pytest.approx(3 * copy, rel=0.1)
+    assert "hold 3 copies" in plan["bytes"]
+    assert plan["time"].startswith("about 0:00:0")
+    shutil.rmtree(finished / ".work/shards")
+    assert planned()["shards"] == "48 to make, 0 in .work/shards: 48"
+    assert contents(*(finished / name for name in WRITTEN)) == before
+    assert not list((finished / ".work/shards").rglob("*.h5"))
 
 
 HELP = [(name,) for name in STAGES] + [("shards", command) for command in ("verify", "info", "adopt")]
