@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.attack import Block, Search
 from pipeline.config import Attack, Dataset
@@ -29,6 +31,8 @@ from pipeline.shard_format import (
 from pipeline.shard_store import stored_name
 from pipeline.shard_writer import write_shard
 from pipeline.storage import Store, atomic_directory, copy_file, file_digest, write_atomically
+
+Result = TypeVar("Result")
 
 # The modules that decide what is in a shard: an edit to one of them makes stored shards invalid.
 CODE = ("pipeline.attack", "pipeline.runtime", "pipeline.shard_writer")
@@ -76,7 +80,8 @@ class SampleDataset:
     def missing(self) -> list[Block]:
         """The shards that are not in the store, or no longer as they were written; clears up after killed runs."""
         self.store.sweep(self.fingerprint)
-        return [block for block in self.blocks if self.stored(block) is None]
+        stored = _side_by_side(self.stored, self.blocks)
+        return [block for block, path in zip(self.blocks, stored, strict=True) if path is None]
 
     def stored(self, block: Block) -> Path | None:
         """The path of a finished shard in the store; None if there is none, or it is another one under its name."""
@@ -150,26 +155,30 @@ class SampleDataset:
             ShardError: the store lacks a shard.
         """
         with atomic_directory(directory, "*.h5", MANIFEST) as temporary:
-            entries = []
-            for block in self.blocks:
-                source = self.stored(block)
-                if source is None:
-                    raise ShardError(f"{self.store.path(self.stored_name(block))}: missing, run the attack again")
-                entries.append(entry_of(source, block))
-                copy_file(source, temporary / source.name)
+            entries = _side_by_side(partial(self._publish_one, temporary), self.blocks)
             manifest = self.manifest(entries)
             write_atomically(temporary / MANIFEST, manifest_text(manifest))
         return manifest
 
+    def _publish_one(self, directory: Path, block: Block) -> ShardEntry:
+        """Copy a shard into a directory; returns the manifest's row for it."""
+        name = self.stored_name(block)
+        source = self.stored(block)
+        if source is None:
+            raise ShardError(f"{self.store.path(name)}: missing, run the attack again")
+        copy_file(source, directory / source.name)
+        return ShardEntry(
+            name=source.name,
+            view=block.view,
+            block=block.number,
+            rows=block.rows,
+            bytes=source.stat().st_size,
+            sha256=self.store.digest(name),
+            statuses=count_statuses(read_columns(source, ["status"])["status"]),
+        )
 
-def entry_of(path: Path, block: Block) -> ShardEntry:
-    """The manifest's row for a finished shard."""
-    return ShardEntry(
-        name=path.name,
-        view=block.view,
-        block=block.number,
-        rows=block.rows,
-        bytes=path.stat().st_size,
-        sha256=file_digest(path),
-        statuses=count_statuses(read_columns(path, ["status"])["status"]),
-    )
+
+def _side_by_side(function: Callable[[Block], Result], blocks: list[Block]) -> list[Result]:
+    """Results of a function that waits for files, or digests them, of all blocks: in threads."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(function, blocks))

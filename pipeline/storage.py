@@ -206,6 +206,10 @@ class Store:
         _forget(path)
         return None
 
+    def digest(self, name: str) -> str:
+        """The sha256 that was recorded of a stored file."""
+        return _digest_path(self.path(name)).read_text()
+
     def seal(self, name: str) -> Path:
         """Declare the file at `path(name)` finished."""
         path = self.path(name)
