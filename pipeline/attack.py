@@ -13,7 +13,7 @@ from pipeline.boundary import SearchResult, logits_in_batches
 from pipeline.config import Attack, Dataset
 from pipeline.data import Prepared
 from pipeline.heo2019 import heo2019
-from pipeline.models import Classifier, folded, placed
+from pipeline.models import Classifier, folded, halved, placed
 from pipeline.newton import newton
 from pipeline.runtime import one_cpu_thread
 from pipeline.status import Status
@@ -44,8 +44,8 @@ class Search:
     ) -> None:
         self.teacher = placed(teacher, device).eval().requires_grad_(False)
         self.attack, self.dataset, self.device, self.batch_size = attack, dataset, device, batch_size
-        # The search runs on a faster copy of the network; what is recorded comes from the network itself.
-        self.fast = folded(self.teacher)
+        # Gradients come from a faster copy of the network; what is recorded comes from the network itself.
+        self.fast = folded(self.teacher) if attack.search == "heo2019" else halved(folded(self.teacher))
 
     @one_cpu_thread()
     @torch.no_grad()
@@ -84,12 +84,14 @@ class Search:
             "evaluations": np.zeros((block.rows, attack.targets), np.uint16),
         }
         if correct.any():
-            self._search_into(values, images, correct)
+            self._search_into(values, images, torch.from_numpy(logits), correct)
         if not attack.embed_images:
             del values["image"]
         return values
 
-    def _search_into(self, values: dict[str, NDArray[Any]], images: Tensor, correct: NDArray[np.bool_]) -> None:
+    def _search_into(
+        self, values: dict[str, NDArray[Any]], images: Tensor, logits: Tensor, correct: NDArray[np.bool_]
+    ) -> None:
         """Fill in what a search finds for the rows that the teacher classifies correctly, all targets at once."""
         base = torch.from_numpy(values["label"][correct]).to(self.device)
         target = torch.from_numpy(values["target"][correct].astype(np.int64)).to(self.device)
@@ -98,6 +100,7 @@ class Search:
             images[torch.from_numpy(correct).to(self.device)].repeat_interleave(count, 0),
             base.repeat_interleave(count),
             target.flatten(),
+            logits[torch.from_numpy(correct)].to(self.device).repeat_interleave(count, 0),
         )
         found = {
             "delta": result.direction,
@@ -119,8 +122,8 @@ class Search:
             lost
         ]
 
-    def find(self, images: Tensor, base: Tensor, target: Tensor) -> SearchResult:
-        """Search as the parameters say; shapes as in `pipeline.newton.newton`."""
+    def find(self, images: Tensor, base: Tensor, target: Tensor, logits: Tensor) -> SearchResult:
+        """Search as the parameters say; shapes as in `pipeline.newton.newton`, logits of the teacher."""
         options: dict[str, Any] = {
             "tolerance": self.attack.tolerance,
             "batch_size": self.batch_size,
@@ -128,7 +131,9 @@ class Search:
         }
         if self.attack.search == "heo2019":
             return heo2019(self.fast, images, base, target, mean=self.teacher.mean, std=self.teacher.std, **options)
-        return newton(self.fast, images, base, target, max_gradients=self.attack.max_gradients, **options)
+        return newton(
+            self.fast, images, base, target, max_gradients=self.attack.max_gradients, logits=logits, **options
+        )
 
 
 def draw_targets(

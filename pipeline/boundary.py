@@ -108,27 +108,22 @@ def check_arguments(images: Tensor, base: Tensor, target: Tensor) -> None:
 def judged(
     direction: Tensor,
     scale: Tensor,
-    images: Tensor,
+    logits: Tensor,
     base: Tensor,
     target: Tensor,
     tolerance: float,
-    batch_size: int,
-    reference: LogitsFunction,
     status: Tensor,
     gradients: Tensor,
     forwards: Tensor,
 ) -> SearchResult:
-    """Judge the samples with a fresh forward pass, except where the search ended for another reason."""
-    perturbation = direction * per_row(scale)
-    logits = logits_in_batches(reference, images + perturbation, batch_size)
-    judged = judge(logits, base, target, tolerance)
+    """The result of a search, its samples judged by their logits except where the search ended for another reason."""
     return SearchResult(
         direction,
         scale,
         logits,
         margin_of(logits, base, target),
-        row_sum(perturbation.square()).sqrt(),
-        torch.where(status == Status.CONVERGED, judged, status),
+        row_sum((direction * per_row(scale)).square()).sqrt(),
+        torch.where(status == Status.CONVERGED, judge(logits, base, target, tolerance), status),
         gradients,
-        forwards + 1,
+        forwards,
     )

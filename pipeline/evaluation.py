@@ -100,6 +100,7 @@ def _perturbations(
             batch_size=batch_size,
             quantise=False,
             reference=model,
+            logits=logits[rows],
         )
         converged = found.status == Status.CONVERGED
         result[rows[converged]] = found.perturbation[converged]

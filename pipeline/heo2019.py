@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.boundary import LogitsFunction, SearchResult, check_arguments, judged, margin_and_gradient
+from pipeline.boundary import (
+    LogitsFunction,
+    SearchResult,
+    check_arguments,
+    judged,
+    logits_in_batches,
+    margin_and_gradient,
+)
 from pipeline.projection import as_ray, per_row, row_sum
 from pipeline.status import Status
 
@@ -69,16 +76,5 @@ def heo2019(
         x[rows[moves]] = (x[rows] - step)[moves].clamp(-bound, bound)
         active[rows] = moves & (gradients[rows] < steps)
     direction, scale = as_ray((x - start) * std, quantise=True)
-    return judged(
-        direction,
-        scale,
-        images,
-        base,
-        target,
-        tolerance,
-        batch_size,
-        reference or logits_of,
-        status,
-        gradients,
-        torch.zeros_like(gradients),
-    )
+    logits = logits_in_batches(reference or logits_of, images + direction * per_row(scale), batch_size)
+    return judged(direction, scale, logits, base, target, tolerance, status, gradients, torch.ones_like(gradients))

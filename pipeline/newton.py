@@ -11,6 +11,7 @@ from pipeline.boundary import (
     check_arguments,
     judge,
     judged,
+    logits_in_batches,
     margin_and_gradient,
     margin_of,
     probability_margin,
@@ -18,13 +19,14 @@ from pipeline.boundary import (
 from pipeline.projection import as_ray, per_row, project, project_on_two, row_sum
 from pipeline.status import Status
 
+AVERAGED = 3  # gradients: one alone is noisy, and the mean of three leads to a sample 10 % nearer
 OVERSHOOT = 0.1  # relative: aim past the boundary, so that the end of a ray brackets it
 OVERSHOOT_LOGITS = 0.01
-NEAR = 0.3  # of the first margin: from here the linearised boundary is trusted for the whole way from the image
+NEAR, NEAR_LOGITS = 0.3, 0.2  # of the first margin, or at least: from here linearised margins are trusted
 MAX_PROBES = 12  # forward passes on one ray
-MAX_OPEN_PROBES = 2  # the same while all of them fell short of the boundary
+MAX_OPEN_PROBES = 4  # the same while all of them fell short of the boundary
 CLEARANCE = 0.5  # logits by which a third class is to fall below the pair
-AIM = 0.8  # of the tolerance, where the search stops: the rest is for rounding in the final judgement
+AIM = 0.95  # of the tolerance, where the search stops: the rest is for rounding elsewhere
 
 
 class _NewtonSearch:
@@ -33,17 +35,28 @@ class _NewtonSearch:
     WALKING, SIDESTEPPING, CLOSING, DONE = range(4)
 
     def __init__(
-        self, images: Tensor, base: Tensor, target: Tensor, aim: float, max_gradients: int, quantise: bool
+        self,
+        images: Tensor,
+        logits: Tensor,
+        base: Tensor,
+        target: Tensor,
+        aim: float,
+        max_gradients: int,
+        quantise: bool,
     ) -> None:
         self.images, self.base, self.target = images, base, target
         self.aim, self.max_gradients, self.quantise = aim, max_gradients, quantise
         zeros = images.new_zeros(len(images))
         counts = zeros.int()
-        self.phase = torch.full_like(counts, self.WALKING)
-        self.status = torch.full_like(counts, Status.CONVERGED, dtype=torch.uint8)  # unless something else ends the row
+        self.start_margin = margin_of(logits, base, target)
+        is_base = (logits.argmax(1) == base) & ~(self.start_margin <= 0)  # a NaN goes on, and ends at its gradient
+        self.phase = torch.where(is_base, self.WALKING, self.DONE)
+        self.status = torch.where(is_base, Status.CONVERGED, Status.BASE_MISCLASSIFIED).to(torch.uint8)
+        self.logits = logits.clone()  # at the last sample that was looked at
+        self.found = zeros.bool()  # that sample is on the boundary
         self.gradients, self.forwards, self.probes = counts.clone(), counts.clone(), counts.clone()
         self.point = images.clone()  # where the next gradient is taken
-        self.start_margin = zeros.clone()
+        self.gradient_sum, self.averaged = torch.zeros_like(images), zeros.clone()
         self.closed_once = zeros.bool()
         # The ray from the image on which the root of the margin is searched, as a function of the scale.
         self.direction, self.scale, self.slope = torch.zeros_like(images), zeros.clone(), zeros.clone()
@@ -55,34 +68,36 @@ class _NewtonSearch:
 
     def walk(self, rows: Tensor, logits_of: LogitsFunction) -> None:
         """Take one gradient at each row's point, and lay a ray to where the linearised margin is zero."""
-        logits, margin, gradient = margin_and_gradient(logits_of, self.point[rows], self.base[rows], self.target[rows])
+        _, margin, gradient = margin_and_gradient(logits_of, self.point[rows], self.base[rows], self.target[rows])
         self.gradients[rows] += 1
-        first = self.gradients[rows] == 1
         steepest = gradient.abs().amax((1, 2, 3))
-        bad = ~(torch.isfinite(margin) & torch.isfinite(steepest) & (steepest > 0))
-        no_base = first & ((margin <= 0) | (logits.argmax(1) != self.base[rows])) & ~bad
-        self.status[rows[bad]] = Status.BAD_GRADIENT
-        self.status[rows[no_base]] = Status.BASE_MISCLASSIFIED
-        self.phase[rows[bad | no_base]] = self.DONE
-        good = ~(bad | no_base)
-        rows, margin, gradient, first = rows[good], margin[good], gradient[good], first[good]
-        self.start_margin[rows] = torch.where(first, margin, self.start_margin[rows])
+        good = torch.isfinite(margin) & torch.isfinite(steepest) & (steepest > 0)
+        self.status[rows[~good]] = Status.BAD_GRADIENT
+        self.phase[rows[~good]] = self.DONE
+        rows, margin, gradient = rows[good], margin[good], gradient[good]
+        images, point, start_margin = self.images[rows], self.point[rows], self.start_margin[rows]
+        first = self.gradients[rows] == 1
+        margin = torch.where(first, start_margin, margin)
 
-        # Near the boundary, the nearest point of the linearised boundary is sought from the image, not from the
-        # current point: that sheds the detours of the steps before. Once such a ray fell short, only go on.
-        images, point = self.images[rows], self.point[rows]
-        near = (margin <= NEAR * self.start_margin[rows]) & ~self.closed_once[rows]
-        from_image = margin + row_sum(gradient * (images - point))
-        restart = (first | near) & (from_image > 0)
-        decrease = torch.where(restart, from_image, margin.clamp(min=0))
-        origin = torch.where(per_row(restart), images, point)
-        end = project(origin, gradient, decrease * (1 + OVERSHOOT) + OVERSHOOT_LOGITS)
-
-        self._lay_ray(rows, end, gradient, from_image, restart)
-        last = self.gradients[rows] >= self.max_gradients
-        closing = (near & ~first) | self.closed_once[rows] | last
+        # Near the boundary, its nearest point to the image is sought with the mean of the gradients so far: that sheds
+        # their noise, and the detours of the steps before. Once such a ray fell short, only go on.
+        trusted = margin <= (NEAR * start_margin).clamp(min=NEAR_LOGITS)
+        from_image = (first | trusted) & ~self.closed_once[rows]
+        self.gradient_sum[rows] += gradient
+        self.averaged[rows] += 1
+        mean = self.gradient_sum[rows] / per_row(self.averaged[rows])
+        step = margin.clamp(min=0) * (1 + OVERSHOOT) + OVERSHOOT_LOGITS
+        end = project(
+            torch.where(per_row(from_image), images, point),
+            torch.where(per_row(from_image), mean, gradient),
+            torch.where(from_image, start_margin, step),
+        )
+        linearised = margin + row_sum(gradient * (images - point))
+        self._lay_ray(rows, end, gradient, linearised, from_image)
+        enough = from_image & ~first & (self.averaged[rows] >= AVERAGED)
+        closing = enough | self.closed_once[rows] | (self.gradients[rows] >= self.max_gradients)
         self.closed_once[rows] |= closing
-        self.phase[rows] = torch.where(closing, self.CLOSING, self.WALKING).int()
+        self.phase[rows] = torch.where(closing, self.CLOSING, self.WALKING)
 
     def sidestep(self, rows: Tensor, logits_of: LogitsFunction) -> None:
         """Where a third class is on top of a sample on the boundary, move along the boundary until it is not.
@@ -108,17 +123,26 @@ class _NewtonSearch:
         end = project_on_two(
             x, gradient, excess_gradient, margin + OVERSHOOT_LOGITS, excess * (1 + OVERSHOOT) + CLEARANCE
         )
-        from_image = margin + row_sum(gradient * (images - x))
-        self._lay_ray(rows, end, gradient, from_image, torch.ones_like(rows, dtype=torch.bool))
+        linearised = margin + row_sum(gradient * (images - x))
+        self._lay_ray(rows, end, gradient, linearised, torch.ones_like(rows, dtype=torch.bool))
         self.phase[rows] = self.CLOSING
 
-    def _lay_ray(self, rows: Tensor, end: Tensor, gradient: Tensor, from_image: Tensor, restart: Tensor) -> None:
-        """Search next on the ray from each image through `end`; first where the linearised margin is zero on it."""
+    def _lay_ray(self, rows: Tensor, end: Tensor, gradient: Tensor, linearised: Tensor, from_image: Tensor) -> None:
+        """Search next on the ray from each image towards `end`, first where the linearised margin is zero on it.
+
+        Args:
+            linearised: margin at the image by the last gradient's linear function.
+            from_image: rows whose `end` is an estimate; of others it is where to go.
+        """
         direction, full = as_ray(end - self.images[rows], self.quantise)
         slope = row_sum(gradient * direction)
-        expected = -from_image / slope
-        self.point[rows], self.direction[rows], self.slope[rows] = end, direction, slope
-        self.scale[rows] = torch.where(restart & (expected > 0) & (expected < full), expected, full)
+        scale = -linearised / slope
+        sound = from_image & (slope < 0) & (scale > 0.5 * full) & (scale < 1.5 * full)
+        scale = torch.where(sound, torch.minimum(scale, self._largest_scale(self.images[rows], direction)), full)
+        self.point[rows] = torch.where(
+            per_row(sound), (self.images[rows] + direction * per_row(scale)).clamp(0, 1), end
+        )
+        self.direction[rows], self.slope[rows], self.scale[rows] = direction, slope, scale
         self.inside[rows], self.outside[rows], self.probes[rows] = 0, torch.inf, 0
 
     def close(self, rows: Tensor, logits_of: LogitsFunction) -> None:
@@ -150,8 +174,9 @@ class _NewtonSearch:
         self.point[rows[moved]] = (images + direction * per_row(scale))[moved].clamp(0, 1)
         self.scale[rows] = torch.where(found | short, scale, step)
         self.slope[rows], self.last_margin[rows], self.last_scale[rows] = slope, margin, scale
+        self.logits[rows], self.found[rows] = logits, found
         self.inside[rows], self.outside[rows] = inside, outside
-        self.phase[rows] = torch.where(over, self.DONE, torch.where(short, self.WALKING, self.CLOSING)).int()
+        self.phase[rows] = torch.where(over, self.DONE, torch.where(short, self.WALKING, self.CLOSING))
         self.phase[rows[aside]] = self.SIDESTEPPING
 
     def _largest_scale(self, images: Tensor, direction: Tensor) -> Tensor:
@@ -173,50 +198,62 @@ def newton(
     batch_size: int = 256,
     quantise: bool = True,
     reference: LogitsFunction | None = None,
+    logits: Tensor | None = None,
 ) -> SearchResult:
     """Find samples on the boundary between base and target class, near their images (default search).
 
-    Newton steps on the logit margin lead to the boundary. There the nearest point of the linearised boundary is taken
-    from the image, exactly within the box [0, 1]; the ray from the image through it is rounded to int8, and the root
-    of the margin on that rounded ray is closed in on by forward passes alone. So what is stored is what was searched.
+    Newton steps on the logit margin lead to the boundary. There the nearest point of a linearised boundary is taken
+    from the image, exactly within the box [0, 1], where the linear function has the mean of the gradients so far. The
+    ray from the image through it is rounded to int8, and the root of the margin on that rounded ray is closed in on by
+    forward passes alone. So what is stored is what was searched.
 
     Args:
-        logits_of: pixels (n, C, H, W) in [0, 1] to logits (n, classes); differentiable.
+        logits_of: pixels (n, C, H, W) in [0, 1] to logits (n, classes); differentiable. Gradients are taken of it, so
+            it may be a faster and less precise network than `reference`.
         images: (R, C, H, W) float32 in [0, 1].
-        base: (R,) int64, classes that `logits_of` predicts for the images.
+        base: (R,) int64, classes that the reference predicts for the images.
         target: (R,) int64, other classes.
         tolerance: largest probability margin tanh(|m| / 2) of a converged sample.
         max_gradients: gradient evaluations per row.
         batch_size: rows per pass.
         quantise: round directions to int8; otherwise they stay float32.
-        reference: network whose logits are recorded and judged; by default `logits_of`.
+        reference: network that decides where the boundary is, and whose logits are recorded; by default `logits_of`.
+        logits: (R, classes) of the reference at the images; computed when not given.
 
     Raises:
         ValueError: the arguments do not fit each other.
     """
     check_arguments(images, base, target)
-    state = _NewtonSearch(images, base, target, AIM * tolerance, max_gradients, quantise)
+    reference = reference or logits_of
+    known = logits is not None
+    if logits is None:
+        logits = logits_in_batches(reference, images, batch_size)
+    state = _NewtonSearch(images, logits, base, target, AIM * tolerance, max_gradients, quantise)
     while True:
         walking, closing = state.rows_in(state.WALKING), state.rows_in(state.CLOSING)
         aside = state.rows_in(state.SIDESTEPPING)
         if len(closing) >= batch_size or (len(closing) and not len(walking)):
-            state.close(closing[:batch_size], logits_of)
+            state.close(closing[:batch_size], reference)
         elif len(walking):
             state.walk(walking[:batch_size], logits_of)
         elif len(aside):
             state.sidestep(aside[:batch_size], logits_of)
         else:
             break
+    # Found samples were judged when they were; the others end as they are.
+    lost = (~state.found & (state.status != Status.BASE_MISCLASSIFIED)).nonzero().squeeze(1)
+    if len(lost):
+        samples = images[lost] + state.direction[lost] * per_row(state.scale[lost])
+        state.logits[lost] = logits_in_batches(reference, samples, batch_size)
+        state.forwards[lost] += 1
     return judged(
         state.direction,
         state.scale,
-        images,
+        state.logits,
         base,
         target,
         tolerance,
-        batch_size,
-        reference or logits_of,
         state.status,
         state.gradients,
-        state.forwards,
+        state.forwards if known else state.forwards + 1,
     )

@@ -35,7 +35,7 @@ class OnlineSource:
                 at = rows.cpu().numpy()
                 target = draw_targets(logits[rows].cpu().numpy(), labels.cpu().numpy(), noise[at], 1)[:, 0]
                 images = batch.images[rows]
-                found = self.search.find(images, labels, torch.from_numpy(target).to(labels.device))
+                found = self.search.find(images, labels, torch.from_numpy(target).to(labels.device), logits[rows])
                 usable = found.status == Status.CONVERGED
                 return BoundaryBatch(images + found.perturbation, found.logits, usable)
 

@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from pipeline import models
 from pipeline.errors import WeightsError
-from pipeline.models import Architecture, Classifier, build, folded
+from pipeline.models import Architecture, Classifier, build, folded, halved
 from pipeline.resnet import BasicBlock
 from pipeline.weights import convert_state_dict, load_weights, save_weights
 from tests.files import tiny_teacher, truncate
+from tests.helpers import untrained
 
 GRAY = Architecture("resnet8w2", 4, (1, 8, 8), (0.4,), (0.3,))
 COLOUR = Architecture("resnet8w2", 5, (3, 9, 7), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -285,6 +287,59 @@ def test_gradients_of_the_folded_copy_are_those_of_the_model():
         network(images)[:, 1].sum().backward()
         gradients.append(images.grad.numpy())
     np.testing.assert_allclose(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """As on a machine with instructions for bfloat16."""
+    monkeypatch.setattr(models, "_has_bfloat16", lambda device: True)
+
+
+def gradient_of(network, images):
+    images = images.clone().requires_grad_()
+    network(images)[:, 1].sum().backward()
+    return images.grad.flatten(1)
+
+
+@pytest.mark.usefixtures("bfloat16")
+@pytest.mark.parametrize("architecture", [GRAY, COLOUR])
+def test_a_halved_copy_has_nearly_the_same_logits_and_gradients(architecture):
+    model = folded(untrained(architecture, images_for(architecture, rows=64)))
+    half = halved(model)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.float32, torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    images = images_for(architecture, rows=16)
+    logits = half(images)
+    assert logits.dtype == torch.float32
+    assert 0 < (logits - model(images)).norm() < 0.03 * model(images).norm()
+    cosine = torch.nn.functional.cosine_similarity(gradient_of(half, images), gradient_of(model, images))
+    assert cosine.min() > 0.9
+
+
+@pytest.mark.usefixtures("bfloat16")
+def test_a_halved_copy_sees_perturbations_far_smaller_than_bfloat16_tells_pixels_apart():
+    model = folded(untrained(COLOUR, images_for(COLOUR, rows=64))).double()
+    images = images_for(COLOUR, rows=16)
+    step = 1e-3 * gradient_of(model, images.double()).sign().view_as(images)  # bfloat16 knows 1 and 0.996
+    change = (model(images.double() + step) - model(images.double()))[:, 1]
+    half = halved(model.float())
+    seen = (half(images + step.float()) - half(images))[:, 1]
+    assert torch.corrcoef(torch.stack([seen, change.float()]))[0, 1] > 0.8
+
+
+@pytest.mark.usefixtures("bfloat16")
+def test_a_network_that_cannot_be_halved_is_left_as_it_is():
+    torch.manual_seed(0)
+    untraceable = folded(Classifier(Untraceable(), GRAY))
+    assert halved(untraceable) is untraceable
+    one_layer = folded(Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), GRAY))
+    assert halved(one_layer) is one_layer
+
+
+def test_without_bfloat16_instructions_nothing_is_halved(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    model = folded(built(GRAY))
+    assert halved(model) is model
 
 
 CHECKPOINTS = {
