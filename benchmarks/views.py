@@ -22,7 +22,7 @@ from pipeline.models import placed
 from pipeline.prediction import accuracy
 from pipeline.runtime import make_fabric, search_batch
 from pipeline.shard_reader import BoundaryShards
-from pipeline.storage import Store, lock, write_atomically, write_json
+from pipeline.storage import Store, file_digest, lock, write_atomically, write_json
 from pipeline.student_run import Inputs, StudentRun
 from pipeline.teacher import load_for
 from pipeline.weights import load_weights
@@ -78,7 +78,7 @@ def _measure(params: Params, draws: int) -> Iterator[dict[str, Any]]:
 def _published(params: Params, train: Prepared, draw: int, views: int, device: torch.device) -> BoundaryShards:
     """The first views of a draw; each draw has seeds of its own."""
     attack = params.attack.model_copy(update={"views": views, "seed": params.attack.seed + draw})
-    dataset = SampleDataset(train, params.dataset, attack, TEACHER, Store(WORK / "shards"))
+    dataset = SampleDataset(train, params.dataset, attack, file_digest(TEACHER), Store(WORK / "shards"))
     missing = dataset.missing()
     if missing:
         teacher = load_for(TEACHER, train, "teacher")

@@ -30,9 +30,11 @@ from pipeline.shard_format import (
 )
 from pipeline.shard_store import stored_name
 from pipeline.shard_writer import write_shard
-from pipeline.storage import Store, atomic_directory, copy_file, file_digest, write_atomically
+from pipeline.storage import Store, atomic_directory, copy_file, write_atomically
 
 Result = TypeVar("Result")
+
+PUBLISHED = ("*.h5", MANIFEST)  # names in a directory of shards
 
 # The modules that decide what is in a shard: an edit to one of them makes stored shards invalid.
 CODE = ("pipeline.attack", "pipeline.runtime", "pipeline.shard_writer")
@@ -44,18 +46,18 @@ class SampleDataset:
     Args:
         train: the prepared training split.
         dataset, attack: parameters.
-        teacher: path of the teacher's weights, for its digest.
+        teacher: sha256 of the teacher's weights file.
         store: where finished shards are kept.
     """
 
-    def __init__(self, train: Prepared, dataset: Dataset, attack: Attack, teacher: Path, store: Store) -> None:
+    def __init__(self, train: Prepared, dataset: Dataset, attack: Attack, teacher: str, store: Store) -> None:
         classes = len(train.class_names)
         if attack.targets >= classes:
             raise ParameterError(
                 f"attack.targets: expected at most {classes - 1}, one less than the classes, got {attack.targets}"
             )
         self.train, self.dataset, self.attack, self.store = train, dataset, attack, store
-        self.digests = Digests(teacher=file_digest(teacher), train=train.digest)
+        self.digests = Digests(teacher=teacher, train=train.digest)
         self.columns = columns_of(train.image_shape, classes, attack.targets, attack.embed_images)
         # Everything that decides a shard's content; not `views`, so that more views reuse those that are there.
         self.parameters = {
@@ -154,7 +156,7 @@ class SampleDataset:
         Raises:
             ShardError: the store lacks a shard.
         """
-        with atomic_directory(directory, "*.h5", MANIFEST) as temporary:
+        with atomic_directory(directory, *PUBLISHED) as temporary:
             entries = _side_by_side(partial(self._publish_one, temporary), self.blocks)
             manifest = self.manifest(entries)
             write_atomically(temporary / MANIFEST, manifest_text(manifest))

@@ -16,7 +16,7 @@ from pipeline.data import read_prepared
 from pipeline.errors import WorkerError
 from pipeline.runtime import choose_device, search_batch
 from pipeline.storage import Store
-from pipeline.teacher import load_for
+from pipeline.teacher import load_with_digest
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -73,8 +73,10 @@ def _loaded(job: Job) -> tuple[SampleDataset, Search]:
     params = check_params(json.loads(job.params), "the client's parameters")
     device = choose_device(params.runtime)
     train = read_prepared(job.train)
-    dataset = SampleDataset(train, params.dataset, params.attack, job.teacher, Store(job.store))
+    teacher, digest = load_with_digest(job.teacher, train, "teacher")
+    dataset = SampleDataset(train, params.dataset, params.attack, digest, Store(job.store))
     if dataset.fingerprint != job.fingerprint:
-        raise WorkerError(f"a worker has other code or other files ({job.train}, {job.teacher}) than this machine")
-    teacher = load_for(job.teacher, train, "teacher")
+        raise WorkerError(
+            f"a worker has other code or other files ({job.train}, {job.teacher}) than this machine: restart it"
+        )
     return dataset, Search(teacher, params.attack, params.dataset, device, search_batch(params.runtime, device))

@@ -8,10 +8,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pipeline.config import Runtime
-from pipeline.errors import WorkerError
+from pipeline.errors import TrainingError, WorkerError
+from pipeline.forks import interrupts_wait
 from pipeline.runtime import choose_device
 
 if TYPE_CHECKING:
@@ -49,7 +51,11 @@ def connected(scheduler: str, runtime: Runtime, say: Callable[[str], None]) -> I
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters comes as an error
     with contextlib.ExitStack() as stack:
         try:
-            address = stack.enter_context(_local_cluster(int(scheduler), runtime)) if scheduler.isdigit() else scheduler
+            resource_tracker.ensure_running()  # which would let interrupts through when it starts
+            with interrupts_wait():  # in the workers for ever: they end with the cluster
+                address = (
+                    stack.enter_context(_local_cluster(int(scheduler), runtime)) if scheduler.isdigit() else scheduler
+                )
             client = stack.enter_context(Client(address, timeout=CONNECT_SECONDS))
         except (OSError, ValueError, TimeoutError) as error:
             raise WorkerError(f"--scheduler {scheduler}: cannot be started or reached: {error}") from None
@@ -112,7 +118,10 @@ def on_workers(
                     say("the cluster has no workers: waiting for some")
                 continue
             for future in done:
-                yield future.result()
+                result = future.result()
+                if isinstance(result, TrainingError):
+                    raise result
+                yield result
     except KilledWorker as error:
         workers = error.allowed_failures + 1
         raise WorkerError(f"{workers} workers died with the same task, perhaps for want of memory") from None
@@ -120,6 +129,9 @@ def on_workers(
         raise WorkerError("the scheduler is gone: run again, finished work is kept") from None
 
 
-def _call(function: Callable[[Task], Result], task: Task) -> Result:
+def _call(function: Callable[[Task], Result], task: Task) -> Result | TrainingError:
     with _one_at_a_time:
-        return function(task)
+        try:
+            return function(task)
+        except TrainingError as error:  # would come again: not to be retried
+            return error

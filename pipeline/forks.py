@@ -59,7 +59,8 @@ class _Fork:
         self.number = -1
         self.connection, other = context.Pipe()
         self.process = context.Process(target=_run, args=(tasks, slot, other, os.getpid()))
-        _start_without_interrupt(self.process)
+        with interrupts_wait():  # until the fork has its own way to end
+            self.process.start()
         other.close()
 
     def begin(self, number: int) -> Connection:
@@ -86,20 +87,26 @@ class _Fork:
         return self.number
 
 
-def _start_without_interrupt(process: Any) -> None:
-    """Fork at a time when Ctrl-C waits, until the fork has its own way to end."""
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C waits for the end of the body; processes and threads that start in it never see it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        process.start()
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def end_with_parent(parent: int) -> None:
+    """No orphan: from now on, this process is killed when its parent (a process id) is, or was (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def _run(tasks: Sequence[Task], slot: int, connection: Connection, parent: int) -> None:
     """What a fork does."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no orphan goes on when the parent is killed (Linux)
-    if os.getppid() != parent:  # it was killed before
-        os._exit(1)
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent tells the user
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     while True:
@@ -107,7 +114,7 @@ def _run(tasks: Sequence[Task], slot: int, connection: Connection, parent: int) 
         outcome: Exception | None = None
         try:
             tasks[number](slot)
-        except PipelineError as error:
+        except (PipelineError, MemoryError) as error:
             error.add_note(traceback.format_exc())
             outcome = error
         except Exception as error:  # which may not survive the way through a pipe

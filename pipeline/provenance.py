@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pipeline", "stages")
 
-# Modules that name parameters, check them and move files: what they decide is in the parameters and inputs.
-WITHOUT_EFFECT = {f"pipeline.{name}" for name in ("config", "errors", "provenance", "storage")}
+# Modules that name parameters, check them, move files, start processes: what they decide is in parameters and inputs.
+WITHOUT_EFFECT = {f"pipeline.{name}" for name in ("config", "errors", "forks", "provenance", "storage")}
 
 
 def fingerprint(*parts: Any) -> str:
@@ -21,8 +21,11 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def code_digest(*modules: str, alone: Iterable[str] = ()) -> str:
+@functools.cache
+def code_digest(*modules: str, alone: tuple[str, ...] = ()) -> str:
     """The digest of what modules do, with all project modules that they import.
+
+    It is of the source as a process first sees it: what the process runs is not changed by a later edit.
 
     Comments, docstrings and layout do not count, nor do modules that have no effect on results. The digest is the same
     under every supported version of Python.

@@ -12,9 +12,12 @@ import torch
 
 from pipeline.config import Runtime
 from pipeline.errors import ParameterError
+from pipeline.forks import end_with_parent
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+FIRST_PROCESS = "BOUNDARY_FIRST_PROCESS"  # environment: process id of the one that starts the others
 
 
 def choose_device(runtime: Runtime) -> torch.device:
@@ -90,7 +93,12 @@ def make_fabric(runtime: Runtime, precision: Literal["32-true", "bf16-mixed"]) -
         strategy=DDPStrategy(broadcast_buffers=False) if devices * nodes > 1 else "auto",
         precision=precision,
     )
+    if devices > 1 and FIRST_PROCESS in os.environ:
+        end_with_parent(int(os.environ[FIRST_PROCESS]))
+    elif "LOCAL_RANK" not in os.environ:
+        os.environ[FIRST_PROCESS] = str(os.getpid())  # for the processes that are about to be started
     fabric.launch()
+    os.environ.pop(FIRST_PROCESS, None)
     if device.type == "cpu":
         torch.set_num_threads(max(1, cpu_threads(runtime) // devices))
     return fabric

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,17 +32,21 @@ class ShardFile(contextlib.AbstractContextManager["ShardFile"]):
     Args:
         path: the file.
         columns: names of those that will be read.
+        attributes: that the file must have.
 
     Raises:
-        ShardError: the file is no shard or lacks a column.
+        ShardError: the file is no shard, is another one, or lacks a column.
     """
 
-    def __init__(self, path: Path, columns: Iterable[str]) -> None:
+    def __init__(self, path: Path, columns: Iterable[str], attributes: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self._handle = -1
         self._datasets: dict[str, h5py.Dataset] = {}
         try:
             self._file = h5py.File(path, "r")
+            for name, value in (attributes or {}).items():
+                if self._file.attrs.get(name) != value:
+                    raise ShardError(f"{path}: is another shard than it was ('{name}'): run again")
             self._datasets = {name: self._file[name] for name in columns}
             self._places = {name: place for name, column in self._datasets.items() if (place := _place_of(column))}
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -68,7 +72,10 @@ class ShardFile(contextlib.AbstractContextManager["ShardFile"]):
             # A call reads 2 GiB at most.
             view, done = memoryview(values.reshape(-1).view(np.uint8).data), 0
             while done < len(view):
-                count = os.preadv(self._handle, [view[done:]], place.offset + first * row_bytes + done)
+                try:
+                    count = os.preadv(self._handle, [view[done:]], place.offset + first * row_bytes + done)
+                except OSError as error:
+                    raise ShardError(f"{self.path}: column '{column}' cannot be read ({error})") from None
                 if count == 0:
                     raise ShardError(f"{self.path}: ends within column '{column}'")
                 done += count
@@ -97,12 +104,10 @@ def _place_of(column: h5py.Dataset) -> _Place | None:
     return _Place(column.id.get_chunk_info(0).byte_offset, column.dtype, column.shape)
 
 
-def read_columns(path: Path, columns: Iterable[str]) -> dict[str, NDArray[Any]]:
-    """Whole columns of a shard, as `ShardFile.read` gives them.
-
-    Raises:
-        ShardError: the file is no shard or lacks a column.
-    """
+def read_columns(
+    path: Path, columns: Iterable[str], attributes: Mapping[str, Any] | None = None
+) -> dict[str, NDArray[Any]]:
+    """Whole columns of a shard, as `ShardFile.read` gives them; arguments and errors are those of `ShardFile`."""
     names = list(columns)
-    with ShardFile(path, names) as file:
+    with ShardFile(path, names, attributes) as file:
         return {name: file.read(name) for name in names}

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.shard_file import ShardFile, read_columns
-from pipeline.shard_format import ShardEntry, check_shard, read_manifest
+from pipeline.shard_format import ShardEntry, attributes_of, check_shard, read_manifest
 
 OPEN_FILES = 512  # at most, in each process; it costs milliseconds to open one
 BYTES_PER_READ = 1 << 15  # what can be read in the time that one more read takes
@@ -98,7 +98,11 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
 
     def read(self, shard: ShardEntry, columns: Iterable[str]) -> dict[str, NDArray[Any]]:
         """Whole columns of one shard, as stored, except `index`, which is int64."""
-        return read_columns(self.directory / shard.name, columns)
+        return read_columns(self.directory / shard.name, columns, self._attributes(shard))
+
+    def _attributes(self, shard: ShardEntry) -> dict[str, Any]:
+        """What a shard says of itself: the directory may have been replaced by another dataset since it was checked."""
+        return attributes_of(self.manifest.fingerprint, shard.view, shard.block)
 
     def _open(self, shard: ShardEntry) -> ShardFile:
         """The shard's file, opened when it is not among those that were read last."""
@@ -106,7 +110,7 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
         if file is None:
             if len(self._files) == OPEN_FILES:
                 self._files.pop(next(iter(self._files))).close()
-            file = ShardFile(self.directory / shard.name, self.manifest.columns)
+            file = ShardFile(self.directory / shard.name, self.manifest.columns, self._attributes(shard))
         self._files[shard.name] = file
         return file
 

@@ -25,6 +25,10 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import StoreError
 
+CANNOT_BE_WRITTEN = {
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "ELOOP", "EEXIST", "ENOTEMPTY", "EBUSY", "EIO")
+}
 FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file, copied when one of the two is written
 
 
@@ -37,7 +41,7 @@ def _write_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(existing_parent(path)).free
             raise StoreError(f"{path}: no space to write it ({free / 1e6:.0f} MB free): {error.strerror}") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO):
+        if error.errno in CANNOT_BE_WRITTEN:
             raise StoreError(f"{path}: cannot be written: {error.strerror}") from error
         raise
 
@@ -104,7 +108,8 @@ def written_hdf5(path: Path) -> Iterator[h5py.File]:
 def atomic_directory(path: Path, *owned: str) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; on success it takes the place of `path`.
 
-    One process at a time may do this for a path (hold a lock). What a killed one left is cleared away first.
+    One process at a time may do this for a path (hold a lock). What a killed one left is cleared away first. Of a
+    symbolic link, the folder that it leads to is replaced.
 
     Args:
         path: the folder.
@@ -113,30 +118,67 @@ def atomic_directory(path: Path, *owned: str) -> Iterator[Path]:
     Raises:
         StoreError: the folder cannot be written, or is somebody else's; names path and reason.
     """
-    for entry in path.iterdir() if path.is_dir() else ():
-        if not any(fnmatch(entry.name, pattern) for pattern in (*owned, "*.tmp")):
-            raise StoreError(f"{path}: holds '{entry.name}', which is not written here: choose another folder")
-    absolute = path.absolute()
-    new, old = (absolute.with_name(f".{absolute.name}.{state}.tmp") for state in ("new", "old"))
+    check_replaceable(path, *owned)
+    place = path.resolve()
+    new, old = (place.with_name(f".{place.name}.{state}.tmp") for state in ("new", "old"))
     try:
         with _write_errors(path):
-            if old.exists() and not path.exists():
-                os.rename(old, path)
+            if old.is_dir() and not place.exists():
+                os.rename(old, place)
             for leftover in (new, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+                _remove(leftover)
             new.mkdir(parents=True)
             yield new
-            if path.exists():
-                os.rename(path, old)
-            os.rename(new, path)
+            if place.exists():
+                os.rename(place, old)
+            try:
+                os.rename(new, place)
+            except BaseException:
+                if old.exists():
+                    os.rename(old, place)
+                raise
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
+def check_replaceable(path: Path, *owned: str) -> None:
+    """Refuse a folder that `atomic_directory` could not replace: call it before long work.
+
+    Raises:
+        StoreError: it is no folder, a mount point, or holds something of somebody else; names path and reason.
+    """
+    with _write_errors(path):
+        if path.is_symlink() and not path.exists():
+            raise StoreError(f"{path}: is a symbolic link that leads nowhere")
+        if path.exists() and not path.is_dir():
+            raise StoreError(f"{path}: is no folder: remove it, or choose another one")
+        if os.path.ismount(path):
+            raise StoreError(f"{path}: is a mount point, which cannot be replaced: choose a folder in it")
+        for entry in path.iterdir() if path.is_dir() else ():
+            if not any(fnmatch(entry.name, pattern) for pattern in (*owned, "*.tmp")):
+                raise StoreError(f"{path}: holds '{entry.name}', which is not written here: choose another folder")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, sharing its blocks where the file system can (a reflink)."""
-    with atomic_path(target) as temporary, open(source, "rb") as reader, open(temporary, "wb") as writer:
+    """Copy a file, sharing its blocks where the file system can (a reflink).
+
+    Raises:
+        StoreError: the source cannot be read, or the target cannot be written.
+    """
+    try:
+        reader = open(source, "rb")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise StoreError(f"{source}: cannot be read: {error.strerror}") from error
+    with reader, atomic_path(target) as temporary, open(temporary, "wb") as writer:
         try:
             fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
             return
@@ -151,16 +193,15 @@ def file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path, on_wait: Callable[[str], None], timeout: float = -1) -> Iterator[None]:
-    """Hold a lock file, telling once who has it when it is not free at once.
+def lock(path: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Hold a lock file; while another process has it, wait, telling once who that is.
 
     Args:
         path: the lock file; it holds the process id of its owner.
         on_wait: is told the reason before a wait.
-        timeout: seconds to wait, -1 for ever.
 
     Raises:
-        StoreError: the lock was not free in time.
+        StoreError: the lock file cannot be written.
     """
     owner = path.with_suffix(".pid")
     file_lock = FileLock(path)
@@ -169,14 +210,12 @@ def lock(path: Path, on_wait: Callable[[str], None], timeout: float = -1) -> Ite
             path.parent.mkdir(parents=True, exist_ok=True)
             file_lock.acquire(timeout=0)
     except Timeout:
-        pid = owner.read_text() if owner.exists() else "unknown"
+        pid = owner.read_text() if owner.is_file() else "unknown"
         on_wait(f"{path} is held by process {pid}: waiting for it")
-        try:
-            file_lock.acquire(timeout=timeout)
-        except Timeout:
-            raise StoreError(f"{path} is held by process {pid}: stop it or wait for it") from None
+        file_lock.acquire()
     try:
-        owner.write_text(str(os.getpid()))
+        with _write_errors(owner):
+            owner.write_text(str(os.getpid()))
         yield
     finally:
         file_lock.release()
@@ -198,11 +237,12 @@ class Store:
     def find(self, name: str) -> Path | None:
         """The path of a stored file whose digest fits, or None."""
         path = self.path(name)
-        try:
-            if _digest_path(path).read_text() == file_digest(path):
-                return path
-        except FileNotFoundError:
+        recorded = _digest_path(path)
+        if not path.is_dir() and not (path.exists() and recorded.exists()):
             return None  # absent, or not finished: whoever makes it replaces what is there
+        with contextlib.suppress(OSError):
+            if path.is_file() and recorded.is_file() and recorded.read_bytes() == file_digest(path).encode():
+                return path
         _forget(path)
         return None
 
@@ -227,8 +267,8 @@ class Store:
     def prune(self, keep: Iterable[str]) -> int:
         """Remove all files but those of these names; returns how many were removed."""
         kept = {self.path(name) for name in keep}
-        files = [path for path in self.root.rglob("*") if path.is_file() and path.suffix != ".sha256"]
-        unwanted = [path for path in files if path not in kept]
+        files = [path for path in self.root.rglob("*") if path.is_file()]
+        unwanted = {path.with_suffix("") if path.suffix == ".sha256" else path for path in files} - kept
         for path in unwanted:
             _forget(path)
         for folder in self.root.glob("*"):
@@ -242,5 +282,6 @@ def _digest_path(path: Path) -> Path:
 
 
 def _forget(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    _digest_path(path).unlink(missing_ok=True)
+    with _write_errors(path):
+        _remove(path)
+        _remove(_digest_path(path))

@@ -24,7 +24,7 @@ from pipeline.shard_format import MANIFEST
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
 from pipeline.storage import Store, file_digest
-from pipeline.teacher import architecture_for, load_for
+from pipeline.teacher import architecture_for, load_with_digest
 from pipeline.training import Fit, find_fit, fit, processes_of
 
 if TYPE_CHECKING:
@@ -116,14 +116,13 @@ class StudentRun:
             self.reads["augmentation"] = {"padding": params.dataset.padding, "flip": params.dataset.flip}
         if self.method.source == "online":
             path = self._need(inputs.teacher, "a teacher")
-            self._teacher = load_for(path, train, "teacher")
-            self.reads["teacher"] = file_digest(path)
+            self._teacher, self.reads["teacher"] = load_with_digest(path, train, "teacher")
             if self.method.algorithm == "bss":
                 self.reads["search"] = params.attack.model_dump(include={"search", "tolerance", "max_gradients"})
         if inputs.validation is not None:
             self._check_validation(inputs.validation)
             self.reads["validation"] = inputs.validation.digest  # in the curve only
-        self.reads["code"] = code_digest(*CODE, SOURCE_CODE[self.method.source], alone=["pipeline.student_run"])
+        self.reads["code"] = code_digest(*CODE, SOURCE_CODE[self.method.source], alone=("pipeline.student_run",))
         self._shard_source: ShardSource | None = None
 
     def _check_validation(self, validation: Prepared) -> None:

@@ -68,9 +68,13 @@ def fit_one(job: Job, task: Task) -> Task:
         WorkerError: the worker has other files or other code than the client.
     """
     torch.set_num_threads(job.threads)
+    if _run(job, task.student, task.method).key(task.seed) != task.key:  # what it has read may be of an earlier run
+        _run.cache_clear()
+        _inputs.cache_clear()
     run = _run(job, task.student, task.method)
     if run.key(task.seed) != task.key:
-        raise WorkerError(f"a worker has other code or other files ({', '.join(map(str, job.inputs))}) than here")
+        files = ", ".join(map(str, job.inputs))
+        raise WorkerError(f"a worker has other code or other files ({files}) than this machine: restart it")
     run.fit(task.seed, bar_position=None)
     return task
 

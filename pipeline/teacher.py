@@ -13,6 +13,7 @@ from pipeline.data import Prepared
 from pipeline.errors import WeightsError
 from pipeline.models import Architecture, Classifier, placed
 from pipeline.prediction import accuracy
+from pipeline.storage import file_digest
 from pipeline.weights import load_weights, read_architecture
 
 MARGIN_OVER_CHANCE = 0.05  # of the way from chance to 1: below, there is no boundary worth supporting
@@ -61,6 +62,19 @@ def load_for(path: Path, data: Prepared, role: str) -> Classifier:
             f"the prepared data has {data.image_shape} and {classes}"
         )
     return model
+
+
+def load_with_digest(path: Path, data: Prepared, role: str) -> tuple[Classifier, str]:
+    """As `load_for`, and the sha256 of the file.
+
+    Raises:
+        WeightsError: as `load_for`; or the file was replaced meanwhile.
+    """
+    digest = file_digest(path) if path.is_file() else ""
+    model = load_for(path, data, role)
+    if file_digest(path) != digest:
+        raise WeightsError(f"{path}: was replaced while it was read: run again")
+    return model, digest
 
 
 def checked_accuracy(teacher: Classifier, data: Prepared, device: torch.device) -> float:

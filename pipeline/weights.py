@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pipeline.errors import WeightsError
 from pipeline.models import Architecture, Classifier, build
 from pipeline.networks import check_network
+from pipeline.runtime import one_cpu_thread
 from pipeline.storage import write_atomically
 
 METADATA = "architecture"  # key in the metadata of a weights file
@@ -35,8 +36,9 @@ def save_weights(model: Classifier, path: Path) -> None:
     write_atomically(path, save(state, {METADATA: json.dumps(model.architecture._asdict())}))
 
 
+@one_cpu_thread()
 def load_weights(path: Path, architecture: Architecture | None = None) -> Classifier:
-    """Read a classifier from a safetensors file.
+    """Read a classifier from a safetensors file, with one CPU thread: forks of this process may need several.
 
     Args:
         path: the file.

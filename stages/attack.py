@@ -11,14 +11,15 @@ from tqdm import tqdm
 
 from pipeline.attack import Search
 from pipeline.attack_plan import Plan, plan
-from pipeline.attack_run import SampleDataset
+from pipeline.attack_run import PUBLISHED, SampleDataset
 from pipeline.attack_worker import make_on_workers
 from pipeline.cluster import connected
 from pipeline.config import load_params
 from pipeline.data import read_prepared
+from pipeline.errors import ParameterError
 from pipeline.runtime import choose_device, search_batch, side_by_side
-from pipeline.storage import Store, lock
-from pipeline.teacher import checked_accuracy, load_for
+from pipeline.storage import Store, check_replaceable, lock
+from pipeline.teacher import checked_accuracy, load_with_digest
 from stages.cli import WORK, errors_in_one_line, params_option, path_option, say, scheduler_option
 
 TEACHER_CHECK = 2048  # images on which the teacher is checked first
@@ -43,11 +44,16 @@ def main(
 
     Example: python -m stages.attack
     """
+    if only_plan and (prune or scheduler is not None):
+        raise ParameterError(
+            "--plan: makes nothing and counts this machine's workers: leave --prune and --scheduler out"
+        )
     params = load_params(params_path)
     train = read_prepared(prepared / "train.h5")
-    model = load_for(teacher, train, "teacher")
+    model, digest = load_with_digest(teacher, train, "teacher")
     device = choose_device(params.runtime)
-    dataset = SampleDataset(train, params.dataset, params.attack, teacher, Store(WORK / "shards"))
+    dataset = SampleDataset(train, params.dataset, params.attack, digest, Store(WORK / "shards"))
+    check_replaceable(out, *PUBLISHED)
     workers = side_by_side(params.runtime, device)
     with lock(WORK / "shards.lock", say), ExitStack() as stack:
         missing = dataset.missing()

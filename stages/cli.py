@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,7 @@ def errors_in_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(function)
     def command(*args: Any, debug: bool, **options: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             function(*args, **options)
         except KeyboardInterrupt:
@@ -58,14 +60,23 @@ def errors_in_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
             _complain(f"error: {error}")
             sys.exit(EXIT_BAD_PARAMETERS if isinstance(error, ParameterError) else EXIT_FAILED)
         except (MemoryError, RuntimeError) as error:
-            # torch.OutOfMemoryError is a RuntimeError; torch is not imported for its name.
-            if debug or not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+            known = None if debug else _known(error)
+            if known is None:
                 raise
-            reason = " ".join(str(error).split())[:200]
-            _complain(f"error: out of memory: lower training.batch_size or runtime.search_batch ({reason})")
+            _complain(f"error: {known} ({' '.join(str(error).split())[:200]})")
             sys.exit(EXIT_FAILED)
 
     return command
+
+
+def _known(error: MemoryError | RuntimeError) -> str | None:
+    """What an error of torch means, of those that users can do something about; it has no types for them."""
+    text = f"{type(error).__name__}: {error}"
+    if any(sign in text for sign in ("MemoryError", "can't allocate memory")):
+        return "out of memory: lower training.batch_size or runtime.search_batch"
+    if any(sign in text for sign in ("gloo", "NCCL", "DistNetworkError", "DistBackendError")):
+        return "another process of this training is gone: run again, what is finished is kept"
+    return None
 
 
 def _complain(message: str) -> None:

@@ -22,8 +22,8 @@ from pipeline.models import placed
 from pipeline.prediction import accuracy
 from pipeline.provenance import code_digest, fingerprint
 from pipeline.runtime import choose_device, search_batch
-from pipeline.storage import Store, atomic_directory, file_digest, lock, write_json, written_hdf5
-from pipeline.teacher import load_for
+from pipeline.storage import Store, atomic_directory, lock, write_json, written_hdf5
+from pipeline.teacher import load_with_digest
 from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
 
 
@@ -44,7 +44,7 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
     """
     params = load_params(params_path)
     test = read_prepared(prepared / "test.h5")
-    model = load_for(teacher, test, "teacher")
+    model, teacher_digest = load_with_digest(teacher, test, "teacher")
     device = choose_device(params.runtime)
     batch_size, images = search_batch(params.runtime, device), params.evaluation.similarity_images
     store, code, side = Store(WORK / "comparisons"), code_digest("pipeline.evaluation"), None
@@ -54,8 +54,8 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
         runs = [(name, seed) for name in names for seed in range(params.seeds)]
         for name, seed in tqdm(runs, desc="evaluate", unit="student", disable=None, leave=False):
             weights = students / name / f"seed-{seed}.safetensors"
-            student = load_for(weights, test, "student")
-            key = f"{fingerprint(file_digest(weights), file_digest(teacher), test.digest, images, code)}/comparison.h5"
+            student, digest = load_with_digest(weights, test, "student")
+            key = f"{fingerprint(digest, teacher_digest, test.digest, images, code)}/comparison.h5"
             if store.find(key) is None:
                 side = side or teacher_side(model, test, device, batch_size, images)
                 write_comparison(store.path(key), compare(student, side, test, device, batch_size))

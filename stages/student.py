@@ -14,11 +14,13 @@ from pipeline.config import Params, load_params
 from pipeline.errors import ParameterError
 from pipeline.networks import check_network
 from pipeline.runtime import make_fabric
-from pipeline.storage import Store, atomic_directory, copy_file, lock, write_atomically, write_json
+from pipeline.storage import Store, atomic_directory, check_replaceable, copy_file, lock, write_atomically, write_json
 from pipeline.student_run import InputPaths, StudentRun
 from pipeline.student_worker import Task, fit_on_workers
 from pipeline.training import curve_csv
 from stages.cli import WORK, errors_in_one_line, params_option, path_option, say, scheduler_option
+
+PUBLISHED = "seed-*.safetensors"  # names in a student's folder
 
 
 @click.command()
@@ -61,6 +63,8 @@ def main(
     if scheduler is not None and params.runtime.devices > 1:
         raise ParameterError("--scheduler: trains each run on one device, but runtime.devices is more than 1")
     fabric = make_fabric(params.runtime, params.training.precision)
+    for student, method in chosen:
+        check_replaceable(out / f"{student}-{method}", PUBLISHED)
     runs = [StudentRun(params, *each, inputs[params.method[each[1]].source], fabric, store) for each in chosen]
     with ExitStack() as stack:
         if fabric.is_global_zero:
@@ -109,7 +113,7 @@ def _fit_and_publish(run: StudentRun, out: Path, reports: Path) -> str:
     fits = run.fit_all()
     if not run.fabric.is_global_zero:
         return ""
-    with atomic_directory(out, "seed-*.safetensors") as directory:
+    with atomic_directory(out, PUBLISHED) as directory:
         for seed, fit in enumerate(fits):
             copy_file(fit.weights, directory / f"seed-{seed}.safetensors")
     write_atomically(reports / "curves.csv", curve_csv([({"seed": n}, fit.curve) for n, fit in enumerate(fits)]))

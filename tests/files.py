@@ -136,7 +136,7 @@ def sample_dataset(directory, train, changes=None, teacher=None):
     weights = directory / "teacher.safetensors"
     if not weights.exists():
         save_weights(teacher or tiny_teacher(), weights)
-    return SampleDataset(train, params.dataset, params.attack, weights, Store(directory / "store"))
+    return SampleDataset(train, params.dataset, params.attack, file_digest(weights), Store(directory / "store"))
 
 
 def make_missing(dataset, directory):

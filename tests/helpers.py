@@ -14,7 +14,7 @@ from pipeline.config import Attack, Dataset, Distillation
 from pipeline.data import Prepared, content_digest
 from pipeline.models import Architecture, Classifier, build
 from pipeline.provenance import ROOT
-from pipeline.storage import Store
+from pipeline.storage import Store, file_digest
 from pipeline.weights import load_weights, save_weights
 
 CPU = torch.device("cpu")
@@ -159,7 +159,7 @@ def make_shards(folder: Path, train, teacher, attack):
     """Search, write and publish a sample dataset; returns its directory."""
     weights = folder / "teacher.safetensors"
     save_weights(teacher, weights)
-    dataset = SampleDataset(train, dataset_parameters(), attack, weights, Store(folder / "store"))
+    dataset = SampleDataset(train, dataset_parameters(), attack, file_digest(weights), Store(folder / "store"))
     search = Search(load_weights(weights), attack, dataset_parameters(), CPU, batch_size=64)
     for _ in dataset.make(search, dataset.missing()):
         pass

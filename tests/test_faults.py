@@ -363,6 +363,21 @@ def wait_for(condition, process, seconds=60):
         time.sleep(0.005)
 
 
+def test_a_dataset_that_is_replaced_while_students_train_is_refused(project):
+    changes = {"teacher.network": "resnet8w2", "methods": ["original", "bss"]}
+    write_params(project / "params.yaml", changes | {"attack.seed": 7})
+    succeed(fork_stage(project, "attack", "--out", "data/other"))
+    write_params(project / "params.yaml", changes | {"training.epochs": 40})
+    process = fork_stage(project, "student", "--all")
+    wait_for(lambda: list(project.glob(".work/fits/*/curve.json")), process)
+    (project / "data/bss").rename(project / "data/before")
+    (project / "data/other").rename(project / "data/bss")
+    code, stdout, stderr = finish(process)
+    assert (code, stdout.count("wrote")) == (1, 1)
+    assert stderr.startswith("error: data/bss/view-000-block-00000.h5: is another shard than it was")
+    assert not (project / "models/students/resnet8w2-bss").exists()
+
+
 def test_two_runs_at_once_make_every_shard_once(project):
     before = contents(project / "data/bss")
     shutil.rmtree(project / ".work")
@@ -462,6 +477,42 @@ def test_every_number_of_threads_gives_the_same_bytes(project, threads):
     assert contents(project / "data/bss") == before
 
 
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 0.7, 1.2, 2.0])
+def test_an_interrupt_while_a_command_starts_shows_no_traceback(project, seconds):
+    process = start_stage(project, "attack", "--plan")
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    code, _, stderr = finish(process)
+    assert code in (0, 130, -signal.SIGINT)
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.5, 3.0])
+def test_an_interrupt_while_a_cluster_starts_shows_no_traceback(project, seconds):
+    shutil.rmtree(project / ".work")
+    write_params(project / "params.yaml", {"teacher.network": "resnet8w2", "attack.views": 1000})
+    process = fork_stage(project, "attack", "--scheduler", 2)
+    time.sleep(seconds)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, stderr = finish(process)
+    assert code == 130
+    assert stderr.splitlines()[-1] == "interrupted: what is finished is kept, run the same command to go on"
+    assert "Traceback" not in stderr
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
+def test_a_killed_first_process_of_several_leaves_no_other(project):
+    write_params(project / "params.yaml", {"runtime.devices": 2, "training.epochs": 10_000})
+    process = start_stage(project, "student", "--student", "resnet8w2", "--method", "original")
+    wait_for(lambda: psutil.Process(process.pid).children(), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    time.sleep(random.Random(0).uniform(1, 5))
+    process.kill()
+    process.communicate()
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
 def workers_of(process):
     """The processes of a local cluster that do the work."""
     found = [child for child in psutil.Process(process.pid).children(recursive=True) if child.is_running()]
@@ -556,6 +607,11 @@ def test_scheduler_and_workers_on_other_hosts(project, two_hosts):
     succeed(fork_stage(project, *BSS))
     here = load_file(project / "models/students/resnet8w2-bss/seed-1.safetensors")
     assert all((here[name] == on_workers[name]).all() for name in here)
+
+    # The same workers, after the dataset has changed: what they have read before does not count.
+    write_params(project / "params.yaml", {"teacher.network": "resnet8w2", "methods": ["bss"], "attack.seed": 7})
+    succeed(fork_stage(project, "attack"))
+    assert "(2 trained, 0 reused)" in succeed(start_stage(project, "student", "--all", "--scheduler", address))[0]
 
     # One of them dies for good.
     shutil.rmtree(project / ".work/shards")

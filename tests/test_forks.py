@@ -70,6 +70,7 @@ def raise_large():
         (raise_large, DataError),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), WorkerError),
         (lambda: os._exit(3), WorkerError),
+        (lambda: bytearray(1 << 62), MemoryError),
         (lambda: os.kill(os.getpid(), signal.SIGINT), KeyboardInterrupt),
         (lambda: os.kill(os.getppid(), signal.SIGINT), KeyboardInterrupt),
     ],

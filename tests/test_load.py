@@ -15,7 +15,7 @@ from pipeline.provenance import ROOT
 from pipeline.shard_format import columns_of
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_writer import write_shard
-from pipeline.storage import Store
+from pipeline.storage import Store, file_digest
 from pipeline.weights import save_weights
 from tests.files import tiny_params, tiny_teacher
 from tests.helpers import in_memory
@@ -48,7 +48,7 @@ def write_all(directory):
     params = tiny_params({"attack.views": VIEWS, "attack.rows_per_shard": BLOCK})
     teacher = directory / "teacher.safetensors"
     save_weights(tiny_teacher(), teacher)
-    dataset = SampleDataset(train, params.dataset, params.attack, teacher, Store(directory / "store"))
+    dataset = SampleDataset(train, params.dataset, params.attack, file_digest(teacher), Store(directory / "store"))
     for block in dataset.missing():
         write_shard(
             dataset.store.path(dataset.stored_name(block)),

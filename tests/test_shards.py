@@ -732,6 +732,17 @@ def test_reader_without_verification_still_refuses_what_is_no_shard(copy):
         shards[64]
 
 
+@pytest.mark.parametrize("how", ["rows", "columns"])
+def test_reader_refuses_a_dataset_that_took_the_place_of_the_one_it_read_about(tmp_path, copy, train, how):
+    shards = BoundaryShards(copy / "bss")
+    (tmp_path / "other").mkdir()
+    other = dataset_in(tmp_path / "other", train, {"attack.seed": 6})
+    make_missing(other, tmp_path / "other")
+    other.publish(copy / "bss")
+    with pytest.raises(ShardError, match=r"view-000-block-00000\.h5: is another shard than it was"):
+        shards[0] if how == "rows" else shards.read(shards.shards_of_view(0)[0], ["label"])
+
+
 def test_reader_can_be_pickled_with_open_files(made):
     shards = BoundaryShards(made / "bss")
     first = shards[3]

@@ -575,6 +575,29 @@ def test_seeds_side_by_side_with_several_threads_each_end(project):
     assert "2 seeds (2 trained, 0 reused)" in stdout
 
 
+def test_seeds_side_by_side_with_a_large_teacher_in_the_loop_end(project):
+    # Large enough for torch to use its threads on one of its tensors.
+    architecture = load_weights(project / "models/teacher.safetensors").architecture
+    save_weights(build(architecture._replace(network="resnet8w64")), project / "models/teacher.safetensors")
+    write_params(project / "params.yaml", {"runtime.workers": 2, "runtime.threads": 4, "training.epochs": 1})
+    code, stdout, stderr = finish(start_stage(project, *student("hinton_online")))
+    assert code == 0, stderr
+    assert "2 seeds (2 trained, 0 reused)" in stdout
+
+
+def test_seeds_that_ask_for_endless_memory_are_one_line(project, monkeypatch):
+    def ask(*arguments):
+        torch.empty(1 << 50)
+
+    monkeypatch.setattr(training._Run, "_epoch", ask)
+    for workers in (1, 2):
+        write_params(project / "params.yaml", {"runtime.workers": workers, "runtime.threads": workers})
+        result = run_stage(*student("original"), "--out", "new")
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert len(result.stderr.splitlines()) == 1
+        assert result.stderr.startswith("error: out of memory: lower training.batch_size or runtime.search_batch (")
+
+
 def given_teacher(project, changes=None):
     """A teacher's weights in the file `given` that are right for another normalisation than the prepared data's."""
     teacher = tiny_teacher()

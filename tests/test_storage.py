@@ -1,6 +1,8 @@
 """Files that are whole or absent, the private store and its lock, fingerprints."""
 
+import contextlib
 import hashlib
+import os
 import re
 import shutil
 import signal
@@ -261,21 +263,31 @@ OTHER = {
 }
 
 
+digest_now = code_digest.__wrapped__  # as a process that begins now sees it
+
+
 @pytest.mark.parametrize("change", SAME)
 def test_code_digest_ignores_what_does_nothing(package, change):
-    before = code_digest("pipeline.views")
+    before = digest_now("pipeline.views")
     source = (package / "views.py").read_text()
     SAME[change](package / "views.py")
     assert (package / "views.py").read_text() != source
-    assert code_digest("pipeline.views") == before
+    assert digest_now("pipeline.views") == before
 
 
 @pytest.mark.parametrize("change", OTHER)
 def test_code_digest_changes_with_the_code_of_a_module_and_of_what_it_imports(package, change):
-    before = code_digest("pipeline.views"), code_digest("pipeline.attack"), code_digest("pipeline.similarity")
+    before = digest_now("pipeline.views"), digest_now("pipeline.attack"), digest_now("pipeline.similarity")
     OTHER[change](package / "views.py")
-    after = code_digest("pipeline.views"), code_digest("pipeline.attack"), code_digest("pipeline.similarity")
+    after = digest_now("pipeline.views"), digest_now("pipeline.attack"), digest_now("pipeline.similarity")
     assert [old == new for old, new in zip(before, after, strict=True)] == [False, False, True]
+
+
+def test_the_code_of_a_process_is_what_it_first_saw(package):
+    before = code_digest("pipeline.views", alone=("pipeline.status",))
+    OTHER["constant"](package / "views.py")
+    assert code_digest("pipeline.views", alone=("pipeline.status",)) == before
+    assert digest_now("pipeline.views", alone=("pipeline.status",)) != before
 
 
 def test_code_digest_tells_modules_apart():
@@ -300,6 +312,12 @@ DAMAGES = {
     "truncated": lambda path: truncate(path, 1),
     "digest truncated": lambda path: truncate(path.with_name("file.sha256"), 1),
     "digest empty": lambda path: path.with_name("file.sha256").write_bytes(b""),
+    "digest not text": lambda path: path.with_name("file.sha256").write_bytes(b"\xff\xfe"),
+    "digest a folder": lambda path: (path.with_name("file.sha256").unlink(), path.with_name("file.sha256").mkdir()),
+    "a folder": lambda path: (path.unlink(), path.mkdir(), (path / "inside").touch()),
+    "a folder alone": lambda path: (path.unlink(), path.mkdir(), path.with_name("file.sha256").unlink()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a link to a device": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
 }
 
 
@@ -329,11 +347,21 @@ def test_store_lacks_what_lost_its_content_or_its_digest(tmp_path, name):
     assert sealed(store, "key/file") == store.find("key/file")
 
 
+def test_a_link_that_leads_to_itself_is_replaced(tmp_path):
+    store = Store(tmp_path / "store")
+    path = sealed(store, "key/file")
+    path.unlink()
+    path.symlink_to(path)
+    assert store.find("key/file") is None
+    assert sealed(store, "key/file") == store.find("key/file")
+
+
 def test_prune_keeps_named_files_and_removes_all_others(tmp_path):
     store = Store(tmp_path / "store")
     for name in ("a/1", "a/2", "b/1"):
         sealed(store, name)
     (store.path("a/.3.0123abcd.tmp")).write_bytes(b"left behind by a killed process")
+    store.path("b/1").unlink()  # its digest is left
     assert store.prune(["a/1"]) == 3
     assert [path.relative_to(store.root).as_posix() for path in sorted(store.root.rglob("*"))] == [
         "a",
@@ -377,17 +405,14 @@ def test_a_second_process_waits_and_says_for_whom(tmp_path, hold):
     assert second.stdout.readline() == "held\n"
 
 
-def test_a_lock_that_is_not_free_in_time_is_an_error_with_the_owners_pid(tmp_path, hold):
-    owner = hold()
-    assert owner.stdout.readline() == "held\n"
-    said = []
+@pytest.mark.parametrize("name", ["work.lock", "work.pid"])
+def test_a_lock_that_cannot_be_written_is_an_error_that_names_it(tmp_path, name):
+    (tmp_path / name).mkdir()
     with (
-        pytest.raises(StoreError, match=f"work.lock is held by process {owner.pid}: stop it or wait"),
-        lock(tmp_path / "work.lock", said.append, timeout=0.05),
+        pytest.raises(StoreError, match=f"{name}: cannot be written: Is a directory"),
+        lock(tmp_path / "work.lock", print),
     ):
-        pytest.fail("the lock is held by another process")
-    assert len(said) == 1
-    assert str(owner.pid) in said[0]
+        pytest.fail("the lock is not held")
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path, hold):
@@ -396,9 +421,100 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path, hold):
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     said = []
-    with lock(tmp_path / "work.lock", said.append, timeout=0):
+    with lock(tmp_path / "work.lock", said.append):
         pass
     assert said == []
+
+
+def write_ten(directory, content="new"):
+    with atomic_directory(directory, "*.txt") as temporary:
+        for number in range(10):
+            write_atomically(temporary / f"{number}.txt", content)
+
+
+def test_a_directory_behind_a_link_is_replaced_where_it_is(tmp_path):
+    (tmp_path / "large disk/out").mkdir(parents=True)
+    (tmp_path / "out").symlink_to("large disk/out")
+    for _ in range(2):
+        write_ten(tmp_path / "out")
+        assert (tmp_path / "out").is_symlink()
+        assert len(names(tmp_path / "large disk/out")) == 10
+        assert names(tmp_path) == ["large disk", "out"]
+        assert names(tmp_path / "large disk") == ["out"]
+
+
+UNUSABLE = {
+    "a file": (lambda path: path.touch(), "is no folder"),
+    "a pipe": (os.mkfifo, "is no folder"),
+    "a link to nowhere": (lambda path: path.symlink_to("nowhere"), "leads nowhere"),
+    "a link to itself": (lambda path: path.symlink_to(path), "leads nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_what_is_no_directory_is_not_replaced(tmp_path, case):
+    make, text = UNUSABLE[case]
+    make(tmp_path / "out")
+    for _ in range(2):
+        with pytest.raises(StoreError, match=f"out: .*{text}"):
+            write_ten(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_mount_point_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
+    with pytest.raises(StoreError, match="out: is a mount point"):
+        write_ten(tmp_path / "out")
+
+
+def test_the_old_directory_is_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    write_ten(tmp_path / "out", "old")
+
+    def fail_to_move_new(source, target, do=os.rename):
+        if ".new." in str(source):
+            raise KeyboardInterrupt
+        do(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_to_move_new)
+    with pytest.raises(KeyboardInterrupt):
+        write_ten(tmp_path / "out")
+    assert (tmp_path / "out/3.txt").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_what_a_run_left_that_was_killed_between_two_renames_is_put_in_order(tmp_path, ends_well):
+    write_ten(tmp_path / "out", "old")
+    (tmp_path / "out").rename(tmp_path / ".out.old.tmp")
+    (tmp_path / ".out.new.tmp").mkdir()
+    (tmp_path / ".out.new.tmp/3.txt").touch()
+    with contextlib.suppress(ZeroDivisionError), atomic_directory(tmp_path / "out", "*.txt") as temporary:
+        assert names(temporary) == []
+        write_atomically(temporary / "3.txt", "new")
+        if not ends_well:
+            raise ZeroDivisionError
+    assert (tmp_path / "out/3.txt").read_text() == ("new" if ends_well else "old")
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+
+    def replace(source, target, do=os.replace):
+        assert synced == [str(source)]
+        do(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    write_atomically(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(StoreError, match="source: cannot be read: No such file"):
+        copy_file(tmp_path / "source", tmp_path / "target")
+    assert names(tmp_path) == []
 
 
 def test_a_directory_with_somebody_elses_files_is_not_replaced(tmp_path):
