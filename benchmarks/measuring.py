@@ -1,0 +1,142 @@
+"""What all benchmarks share: real images and a real teacher, repeated runs, results as JSON lines and as Markdown."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.attack import draw_targets
+from pipeline.boundary import logits_in_batches
+from pipeline.config import load_params
+from pipeline.data import Prepared, read_prepared
+from pipeline.datasets import open_dataset
+from pipeline.models import Architecture, Classifier, placed
+from pipeline.preparation import prepare
+from pipeline.provenance import ROOT
+from pipeline.storage import write_atomically
+from pipeline.weights import load_weights
+
+DATA = ROOT / os.environ.get("BOUNDARY_DATA", "../shared/data")
+ARCHIVE, WEIGHTS = DATA / "cifar10-jpeg.tar.gz", DATA / "heo2019-resnet26-cifar10.safetensors"
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+Result = TypeVar("Result")
+RESULTS, DOCUMENT = ROOT / "benchmarks/results", ROOT / "docs/BENCHMARKS.md"
+
+
+class Searches(NamedTuple):
+    """Boundary searches to be done: real images that a real teacher classifies correctly."""
+
+    teacher: Classifier
+    images: Tensor
+    """(R, 3, 32, 32) float32 in [0, 1]."""
+    base: Tensor
+    target: Tensor
+    """(R,), drawn as the attack stage draws them."""
+    logits: Tensor
+
+
+def real_train(images: int) -> Prepared:
+    """So many CIFAR-10 training images, the same number of each class.
+
+    Raises:
+        click.ClickException: the files are not there.
+    """
+    for path in (ARCHIVE, WEIGHTS):
+        if not path.is_file():
+            raise click.ClickException(f"{path} is absent: set BOUNDARY_DATA to the folder that has it")
+    params = load_params(ROOT / "params.yaml")
+    dataset = params.dataset.model_copy(
+        update={"name": "imagefolder", "path": str(ARCHIVE), "train_images": images, "validation_fraction": 0.0}
+    )
+    with tempfile.TemporaryDirectory() as folder, open_dataset(dataset, Path(folder)) as source:
+        prepare(source, dataset, Path(folder) / "prepared")
+        train = read_prepared(Path(folder) / "prepared/train.h5")
+        return train._replace(images=np.array(train.images))
+
+
+def real_teacher(device: torch.device) -> Classifier:
+    """The ResNet26 that the authors of the method published."""
+    architecture = Architecture("resnet26", 10, (3, 32, 32), MEAN, STD)
+    return placed(load_weights(WEIGHTS, architecture), device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def real_searches(rows: int, device: torch.device, seed: int = 0) -> Searches:
+    """Searches from the first training images that the teacher knows."""
+    train, teacher = real_train(2 * rows), real_teacher(device)
+    images = torch.from_numpy(train.images).to(device).float() / 255
+    base = torch.from_numpy(train.labels).to(device)
+    logits = logits_in_batches(teacher, images, 128)
+    right = (logits.argmax(1) == base).nonzero().squeeze(1)
+    right = right[torch.randperm(len(right), generator=torch.Generator().manual_seed(seed)).to(device)][:rows]
+    images, base, logits = images[right], base[right], logits[right]
+    noise = np.random.default_rng(seed).random(logits.shape)
+    target = draw_targets(logits.cpu().numpy(), base.cpu().numpy(), noise, 1)[:, 0]
+    return Searches(teacher, images, base, torch.from_numpy(target).to(device), logits)
+
+
+class Spread(NamedTuple):
+    """Several measurements of one quantity."""
+
+    minimum: float
+    median: float
+    maximum: float
+    runs: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        values = list(values)
+        return cls(min(values), statistics.median(values), max(values), len(values))
+
+    def text(self, digits: int = 0) -> str:
+        """The median, and the range in brackets."""
+        return f"{self.median:,.{digits}f} ({self.minimum:,.{digits}f} to {self.maximum:,.{digits}f})"
+
+
+def seconds_of(function: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """How long a call takes, until the device has done what it was asked to do; and what it returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin, result
+
+
+def machine(device: torch.device) -> str:
+    """What was measured on, for readers of the tables."""
+    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    cpu = f"{len(os.sched_getaffinity(0))} cores of {found[1] if found else platform.processor()}"
+    gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
+    return f"{gpu}{cpu}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def publish(name: str, device: torch.device, records: list[dict[str, Any]], text: str) -> None:
+    """Write records as JSON lines, and a text into its place in docs/BENCHMARKS.md."""
+    head = {"benchmark": name, "machine": machine(device)}
+    write_atomically(RESULTS / f"{name}.jsonl", "".join(json.dumps(each) + "\n" for each in [head, *records]))
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, rest = DOCUMENT.read_text().split(begin)
+    write_atomically(DOCUMENT, f"{before}{begin}\n{text}\n\n{head['machine']}.\n{end}{rest.split(end)[1]}")
+    click.echo(text)
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """A Markdown table; the first column is of words, the others of figures."""
+    names = list(rows[0])
+    lines = [f"| {' | '.join(names)} |", f"|---{'|---:' * (len(names) - 1)}|"]
+    return "\n".join(lines + [f"| {' | '.join(row[name] for name in names)} |" for row in rows])
