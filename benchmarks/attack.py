@@ -27,6 +27,7 @@ class Counted(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network, self.equivalents = network, 0.0
+        self.eval()  # some libraries would bring it back into the mode in which they found it
 
     def forward(self, images: Tensor) -> Tensor:
         self.equivalents += len(images) / 2
@@ -65,9 +66,14 @@ def ours(fast: Counted, teacher: Counted, todo: Searches, gradients: int) -> Ten
 
 
 def plain_loop(
-    fast: Counted, teacher: Counted, todo: Searches, batch: int = 64, steps: int = 10, eta: float = 0.3
+    fast: Counted, teacher: Counted, todo: Searches, frozen: bool, batch: int = 64, steps: int = 10, eta: float = 0.3
 ) -> Tensor:
-    """The rule of Heo et al. (2019) as a training loop would run it: whole batches, until every row has left."""
+    """The rule of Heo et al. (2019) as their training loop runs it: whole batches, until every row has left.
+
+    Args:
+        frozen: leave out the gradients of the teacher's weights, which their code computes and does not use.
+    """
+    todo.teacher.requires_grad_(not frozen)
     mean, std = torch.tensor(MEAN).view(3, 1, 1).to(todo.images), torch.tensor(STD).view(3, 1, 1).to(todo.images)
     samples = []
     for images, base, target in zip(
@@ -78,7 +84,8 @@ def plain_loop(
             x.requires_grad_()
             logits = teacher(x * std + mean)
             loss = margin_of(logits, base, target)
-            (gradient,) = torch.autograd.grad(loss.sum(), x)
+            loss.sum().backward()
+            gradient = x.grad
             active = active & (logits.argmax(1) == base)
             if not active.any():
                 break
@@ -86,6 +93,7 @@ def plain_loop(
             step = eta * (loss.detach()[:, None, None, None] + 1e-4) * gradient / norm
             x = torch.where(active[:, None, None, None], (x.detach() - step).clamp(-2.5, 2.5), x.detach())
         samples.append((x * std + mean).detach())
+    todo.teacher.requires_grad_(False).zero_grad()
     return torch.cat(samples)
 
 
@@ -113,13 +121,14 @@ METHODS = {
     "newton (ours)": Method(512, True, partial(ours, gradients=3)),
     "newton, mean of 2 gradients": Method(512, True, partial(ours, gradients=2)),
     "newton, mean of 7 gradients": Method(512, True, partial(ours, gradients=7)),
-    "plain loop of the paper's rule, batch 64": Method(512, True, plain_loop),
-    DDN: Method(128, True, partial(with_foolbox, attack="DDNAttack", targeted=True, steps=100)),
+    "plain loop of the paper's rule, as released": Method(512, True, partial(plain_loop, frozen=False)),
+    "the same, teacher frozen": Method(512, True, partial(plain_loop, frozen=True)),
+    DDN: Method(96, True, partial(with_foolbox, attack="DDNAttack", targeted=True, steps=100)),
     "foolbox FMN, targeted, 100 steps": Method(
-        128, True, partial(with_foolbox, attack="L2FMNAttack", targeted=True, steps=100)
+        96, True, partial(with_foolbox, attack="L2FMNAttack", targeted=True, steps=100)
     ),
-    "foolbox L2 DeepFool": Method(64, False, partial(with_foolbox, attack="L2DeepFoolAttack", targeted=False)),
-    "torchattacks DeepFool": Method(32, False, with_torchattacks),
+    "foolbox L2 DeepFool": Method(48, False, partial(with_foolbox, attack="L2DeepFoolAttack", targeted=False)),
+    "torchattacks DeepFool": Method(24, False, with_torchattacks),
 }
 
 

@@ -62,8 +62,8 @@ def real_train(images: int) -> Prepared:
         update={"name": "imagefolder", "path": str(ARCHIVE), "train_images": images, "validation_fraction": 0.0}
     )
     with tempfile.TemporaryDirectory() as folder, open_dataset(dataset, Path(folder)) as source:
-        prepare(source, dataset, Path(folder) / "prepared")
-        train = read_prepared(Path(folder) / "prepared/train.h5")
+        prepare(source, dataset, Path(folder))
+        train = read_prepared(Path(folder) / "train.h5")
         return train._replace(images=np.array(train.images))
 
 
