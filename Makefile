@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help repro test lint style clean
+.PHONY: help repro test bench lint style clean
 
 help:
 	@echo "make repro   install into .venv and run the whole pipeline (dvc repro)"
 	@echo "make test    install into .venv, check style and types, run all tests"
+	@echo "make bench   measure everything in docs/BENCHMARKS.md again (half an hour; needs real images, see there)"
 	@echo "make lint    check style and types only"
 	@echo "make style   rewrite the code in the project's style"
 	@echo "make clean   remove .venv and caches of tools"
@@ -22,6 +23,12 @@ repro: .venv/.installed
 
 test: lint
 	python -m pytest
+
+bench: .venv/.installed
+	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	python -m benchmarks.attack
+	python -m benchmarks.students
+	python -m benchmarks.shards
 
 lint: .venv/.installed
 	ruff check .

@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.attack import draw_targets
 from pipeline.boundary import logits_in_batches
 from pipeline.config import load_params
-from pipeline.data import Prepared, read_prepared
+from pipeline.data import Prepared, content_digest, read_prepared
 from pipeline.datasets import open_dataset
 from pipeline.models import Architecture, Classifier, placed
 from pipeline.preparation import prepare
@@ -49,7 +49,7 @@ class Searches(NamedTuple):
 
 
 def real_train(images: int) -> Prepared:
-    """So many CIFAR-10 training images, the same number of each class.
+    """So many CIFAR-10 training images, the same number of each class, in any order.
 
     Raises:
         click.ClickException: the files are not there.
@@ -64,7 +64,15 @@ def real_train(images: int) -> Prepared:
     with tempfile.TemporaryDirectory() as folder, open_dataset(dataset, Path(folder)) as source:
         prepare(source, dataset, Path(folder))
         train = read_prepared(Path(folder) / "train.h5")
-        return train._replace(images=np.array(train.images))
+        order = np.random.default_rng(0).permutation(len(train.labels))
+        return train._replace(images=np.array(train.images)[order], labels=train.labels[order])
+
+
+def first_images(train: Prepared, count: int) -> Prepared:
+    """A smaller split, with a digest of its own."""
+    images, labels = train.images[:count], train.labels[:count]
+    digest = content_digest([images], train.image_shape, labels, train.class_names)
+    return train._replace(images=images, labels=labels, digest=digest)
 
 
 def real_teacher(device: torch.device) -> Classifier:

@@ -1,0 +1,197 @@
+"""An epoch from shards, with the attack in the loop, and on one batch that is at hand; the cost of several students."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.attack import Counted, plain_loop
+from benchmarks.measuring import (
+    WEIGHTS,
+    Searches,
+    Spread,
+    first_images,
+    publish,
+    real_teacher,
+    real_train,
+    seconds_of,
+    table,
+)
+from pipeline.attack import Search
+from pipeline.attack_run import SampleDataset
+from pipeline.batches import Batch, FreshSource, Source
+from pipeline.boundary import SearchResult, logits_in_batches, margin_of
+from pipeline.config import Params, load_params
+from pipeline.methods import LOSSES
+from pipeline.models import build
+from pipeline.online_source import OnlineSource
+from pipeline.projection import as_ray, row_sum
+from pipeline.provenance import ROOT
+from pipeline.runtime import make_fabric, search_batch
+from pipeline.shard_reader import BoundaryShards
+from pipeline.shard_source import ShardSource
+from pipeline.status import Status
+from pipeline.storage import Store, file_digest
+from pipeline.teacher import architecture_for
+from pipeline.training import _Run
+
+BATCH, VIEWS = 256, 2
+EPOCHS, WITH_BOUNDARY = 80, 60  # of the paper's schedule; in the others the boundary loss is off
+PAPER_VIEWS = 8
+STUDENTS = (1, 2, 4, 8)
+
+
+class PlainSearch(Search):
+    """The rule of Heo et al. (2019) as their code runs it in the training loop, in the place of our search."""
+
+    def find(self, images: Tensor, base: Tensor, target: Tensor, logits: Tensor) -> SearchResult:
+        """Samples far past the boundary, all of them taken, as in their code."""
+        todo = Searches(self.teacher, images, base, target, logits)
+        with torch.enable_grad():
+            counted = Counted(self.teacher)
+            samples = plain_loop(counted, counted, todo, frozen=False)
+        direction, scale = as_ray(samples - images, quantise=False)
+        logits = logits_in_batches(self.teacher, samples, len(images))
+        counts = torch.zeros_like(base, dtype=torch.int32)
+        status = torch.full_like(base, Status.CONVERGED, dtype=torch.uint8)
+        distance = row_sum((samples - images).square()).sqrt()
+        return SearchResult(direction, scale, logits, margin_of(logits, base, target), distance, status, counts, counts)
+
+
+class OneBatch:
+    """The same batch in every step: what a perfect source of data would cost."""
+
+    def __init__(self, source: Source, steps: int) -> None:
+        self.batch, self.steps, self.rows = next(iter(source.epoch(0))), steps, steps * BATCH
+        if self.batch.boundary is not None:
+            found = self.batch.boundary(torch.arange(len(self.batch.labels), device=self.batch.labels.device))
+            self.batch = Batch(
+                self.batch.images,
+                self.batch.labels,
+                self.batch.teacher_logits,
+                self.batch.usable,
+                lambda rows: type(found)(*(tensor[rows] for tensor in found)),
+            )
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        for _ in range(self.steps):
+            yield self.batch
+
+
+@click.command()
+@click.option("--runs", default=5, show_default=True, help="Epochs of each kind, in turn.")
+@click.option("--images", default=2048, show_default=True, help="Training images.")
+@click.option("--student", default="resnet8", show_default=True, help="Network to train.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to train.")
+def main(runs: int, images: int, student: str, device: str) -> None:
+    """Train a student by every kind of source, for epochs in which the boundary loss is on.
+
+    Example: python -m benchmarks.students
+    """
+    params = load_params(ROOT / "params.yaml")
+    params = params.model_copy(
+        update={
+            "attack": params.attack.model_copy(update={"views": VIEWS, "search": "newton"}),
+            "dataset": params.dataset.model_copy(update={"padding": 4, "flip": True}),
+            "training": params.training.model_copy(update={"batch_size": BATCH}),
+            "runtime": params.runtime.model_copy(update={"device": device}),
+        }
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        records = _measure(params, student, images, runs, Path(folder))
+    text = table([_row(record, records) for record in records if "epoch" in record])
+    text += "\n\n" + _totals({record["name"]: record for record in records})
+    publish("students", torch.device(device), records, text)
+
+
+def _measure(params: Params, student: str, images: int, runs: int, folder: Path) -> list[dict[str, Any]]:
+    fabric = make_fabric(params.runtime, "32-true")
+    device = fabric.device
+    train, teacher = first_images(real_train(images), images), real_teacher(device)
+    batch = search_batch(params.runtime, device)
+    search = Search(teacher, params.attack, params.dataset, device, batch)
+    dataset = SampleDataset(train, params.dataset, params.attack, file_digest(WEIGHTS), Store(folder / "store"))
+    seconds, _ = seconds_of(lambda: list(dataset.make(search, dataset.missing())), device)
+    dataset.publish(folder / "bss")
+    shards = BoundaryShards(folder / "bss")
+
+    fresh = FreshSource(train, 4, True, 0, BATCH, device)
+    plain = PlainSearch(teacher, params.attack, params.dataset, device, batch)
+    from_shards = partial(ShardSource, shards, 0, BATCH, device)
+    steps = images // BATCH
+    sources: dict[str, tuple[str, Source]] = {
+        "bss, shards resident": ("bss", from_shards(True, resident=True)),
+        "bss, shards streamed": ("bss", from_shards(True, resident=False)),
+        "bss, one batch at hand": ("bss", OneBatch(from_shards(True, resident=True), steps)),
+        "bss, our search in the loop": ("bss", OnlineSource(fresh, search)),
+        "bss, the paper's rule in the loop": ("bss", OnlineSource(fresh, plain)),
+        "hinton, shards resident": ("hinton", from_shards(False, resident=True)),
+        "hinton, teacher in the loop": ("hinton", OnlineSource(fresh, search)),
+        "original": ("original", fresh),
+    }
+    torch.manual_seed(0)
+    fits = {
+        name: _Run(fabric, build(architecture_for(student, train)), params.training, folder / "checkpoint.pt")
+        for name in sources
+    }
+    times: dict[str, list[float]] = {name: [] for name in sources}
+    for run in tqdm(range(runs + 1), unit="epoch of each", disable=None):
+        for name, (method, source) in sources.items():
+            loss = LOSSES[method]
+            step = partial(_loss, loss, params)
+            seconds_each, _ = seconds_of(partial(fits[name]._epoch, source, step, 0), device)
+            if run:  # the first one warms up
+                times[name].append(images / seconds_each)
+    attack = {"name": "attack", "views_per_second": images * VIEWS / seconds}
+    return [{"name": name, "epoch": Spread.of(values)._asdict()} for name, values in times.items()] + [attack]
+
+
+def _loss(loss: Any, params: Params, model: Any, batch: Batch, progress: float) -> Tensor:
+    value: Tensor = loss(model, batch, params.distillation, progress)
+    return value
+
+
+def _row(record: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, str]:
+    return {
+        "source of batches": record["name"],
+        "images/s": Spread(**record["epoch"]).text(),
+        "times as long as from resident shards": f"{records[0]['epoch']['median'] / record['epoch']['median']:.2f}",
+    }
+
+
+def _totals(records: dict[str, Any]) -> str:
+    """Seconds for each thousand images, over the paper's schedule, by the medians."""
+
+    def seconds(name: str) -> float:
+        return 1000 / float(records[name]["epoch"]["median"])
+
+    without = EPOCHS - WITH_BOUNDARY
+    shards = WITH_BOUNDARY * seconds("bss, shards resident") + without * seconds("hinton, shards resident")
+    ahead = PAPER_VIEWS * 1000 / records["attack"]["views_per_second"]
+    hinton = without * seconds("hinton, teacher in the loop")
+    rows = []
+    for students in STUDENTS:
+        ours = ahead + students * shards
+        row = {"students": str(students), "from shards, attack included, s": f"{ours:,.0f}"}
+        for name in ("our search in the loop", "the paper's rule in the loop"):
+            loop = students * (WITH_BOUNDARY * seconds(f"bss, {name}") + hinton)
+            row[f"{name}, s"] = f"{loop:,.0f} ({loop / ours:.1f})"
+        rows.append(row)
+    return (
+        f"Calculated from these medians: seconds for each 1,000 training images, for students over {EPOCHS} epochs of "
+        f"which {WITH_BOUNDARY} have the boundary loss, with {PAPER_VIEWS} views made once at "
+        f"{records['attack']['views_per_second']:.0f} views/s; in brackets, how many times as long as from shards.\n\n"
+        + table(rows)
+    )
+
+
+if __name__ == "__main__":
+    main()
