@@ -153,7 +153,7 @@ def test_a_comment_in_the_search_keeps_the_shards_and_an_edit_does_not(clone):
     original = search.read_text()
     search.write_text(original + "\n# Only a comment.\n")
     assert "(0 computed, 6 reused)" in repro(clone, "attack")
-    edit(search, "AIM = 0.8", "AIM = 0.7")
+    edit(search, "AIM = 0.95", "AIM = 0.9")
     assert "(6 computed, 0 reused)" in repro(clone, "attack")
     search.write_text(original)
     assert "Running stage" not in repro(clone, "attack")
