@@ -35,7 +35,7 @@ from pipeline.models import build
 from pipeline.online_source import OnlineSource
 from pipeline.projection import as_ray, row_sum
 from pipeline.provenance import ROOT
-from pipeline.runtime import make_fabric, search_batch
+from pipeline.runtime import make_fabric, search_batch, side_by_side
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
 from pipeline.status import Status
@@ -119,7 +119,8 @@ def _measure(params: Params, student: str, images: int, runs: int, folder: Path)
     batch = search_batch(params.runtime, device)
     search = Search(teacher, params.attack, params.dataset, device, batch)
     dataset = SampleDataset(train, params.dataset, params.attack, file_digest(WEIGHTS), Store(folder / "store"))
-    seconds, _ = seconds_of(lambda: list(dataset.make(search, dataset.missing())), device)
+    workers = side_by_side(params.runtime, device)
+    seconds, _ = seconds_of(lambda: list(dataset.make(search, dataset.missing(), workers)), device)
     dataset.publish(folder / "bss")
     shards = BoundaryShards(folder / "bss")
 
