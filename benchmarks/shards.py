@@ -17,6 +17,7 @@ import click
 import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks.measuring import WEIGHTS, Spread, first_images, publish, real_teacher, real_train, seconds_of, table
@@ -27,7 +28,6 @@ from pipeline.data import Prepared, write_prepared
 from pipeline.presets import configure
 from pipeline.provenance import ROOT
 from pipeline.shard_reader import BoundaryShards
-from pipeline.shard_writer import write_shard
 from pipeline.storage import Store, file_digest
 from pipeline.weights import save_weights
 
@@ -73,7 +73,7 @@ def _codecs(train: Prepared, folder: Path, runs: int) -> list[dict[str, Any]]:
             dataset = SampleDataset(first_images(train, ROWS), params.dataset, attack, file_digest(WEIGHTS), store)
             found = rates.setdefault(codec, {})
             megabytes = sum(array.nbytes for array in values.values()) * SHARDS / 1e6
-            seconds, _ = seconds_of(partial(_write, dataset, values), CPU)
+            seconds, _ = seconds_of(partial(list, dataset.make(Found(values), dataset.blocks)), CPU)
             found.setdefault("write", []).append(megabytes / seconds)
             if run == 0:
                 dataset.publish(folder / codec)
@@ -95,18 +95,15 @@ def _codecs(train: Prepared, folder: Path, runs: int) -> list[dict[str, Any]]:
     ]
 
 
-def _write(dataset: SampleDataset, values: dict[str, Any]) -> None:
-    for block in dataset.blocks:
-        write_shard(
-            dataset.store.path(dataset.stored_name(block)),
-            values,
-            dataset.columns,
-            fingerprint=dataset.fingerprint,
-            view=block.view,
-            block=block.number,
-            compression=dataset.attack.compression,
-        )
-        dataset.store.seal(dataset.stored_name(block))
+class Found(Search):
+    """A search that is done: the same values for every block."""
+
+    def __init__(self, values: dict[str, NDArray[Any]]) -> None:
+        self.values = values
+
+    def shard_values(self, train: Prepared, block: Block) -> dict[str, NDArray[Any]]:
+        """What was found."""
+        return self.values
 
 
 def _raw(paths: list[Path]) -> int:
@@ -134,8 +131,7 @@ def _attack(train: Prepared, count: int, folder: Path) -> dict[str, Any]:
     """The attack stage on so many images, one view, in a process of its own."""
     project = folder / f"growth-{count}"
     write_prepared(project / "data/prepared/train.h5", first_images(train, count))
-    (project / "models").mkdir()
-    _teacher_file(project / "models/teacher.safetensors")
+    save_weights(real_teacher(CPU), project / "models/teacher.safetensors")
     (project / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     configure(project / "params.yaml", ["attack.views=1", "dataset.padding=4", "dataset.flip=true"])
     begin, peak = time.perf_counter(), 0.0
@@ -158,11 +154,6 @@ def _memory(process: int) -> float:
         for each in (whole, *whole.children(recursive=True)):
             total += each.memory_full_info().pss / 2**20
     return total
-
-
-def _teacher_file(path: Path) -> None:
-    """The real teacher, with a description of its network."""
-    save_weights(real_teacher(CPU), path)
 
 
 def _codec_row(record: dict[str, Any]) -> dict[str, str]:

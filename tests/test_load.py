@@ -14,7 +14,6 @@ from pipeline.attack_run import SampleDataset
 from pipeline.provenance import ROOT
 from pipeline.shard_format import columns_of
 from pipeline.shard_reader import BoundaryShards
-from pipeline.shard_writer import write_shard
 from pipeline.storage import Store, file_digest
 from pipeline.weights import save_weights
 from tests.files import tiny_params, tiny_teacher
@@ -40,6 +39,14 @@ def values_of(view, start):
     return values
 
 
+class Found:
+    """In the place of a search: what it would have found."""
+
+    @staticmethod
+    def shard_values(train, block):
+        return values_of(block.view, block.start)
+
+
 def write_all(directory):
     """Write all shards to a store, and publish them."""
     images = np.zeros((IMAGES, *SHAPE), np.uint8)
@@ -49,17 +56,8 @@ def write_all(directory):
     teacher = directory / "teacher.safetensors"
     save_weights(tiny_teacher(), teacher)
     dataset = SampleDataset(train, params.dataset, params.attack, file_digest(teacher), Store(directory / "store"))
-    for block in dataset.missing():
-        write_shard(
-            dataset.store.path(dataset.stored_name(block)),
-            values_of(block.view, block.start),
-            dataset.columns,
-            fingerprint=dataset.fingerprint,
-            view=block.view,
-            block=block.number,
-            compression="none",
-        )
-        dataset.store.seal(dataset.stored_name(block))
+    for _ in dataset.make(Found, dataset.missing()):
+        pass
     dataset.publish(directory / "bss")
 
 
