@@ -28,6 +28,17 @@ CLEARANCE = 0.5  # logits by which a third class is to fall below the pair
 AIM = 0.95  # of the tolerance, where the search stops: the rest is for rounding elsewhere
 
 
+def excess_of(logits: Tensor, base: Tensor, target: Tensor) -> Tensor:
+    """(R,) by how much the best of the other logits (R, classes) is above the mean of the pair."""
+    pair = torch.stack([base, target], 1)
+    return logits.scatter(1, pair, -torch.inf).amax(1) - logits.gather(1, pair).mean(1)
+
+
+def third_above(logits: Tensor, base: Tensor, target: Tensor) -> Tensor:
+    """(R,) whether a third class is so far up that it will be on top where base and target meet, if nothing is done."""
+    return excess_of(logits, base, target) > margin_of(logits, base, target).abs()
+
+
 class _NewtonSearch:
     """The state of `newton` over R rows. A row walks (needs a gradient), closes (needs a forward pass) or is done."""
 
@@ -68,13 +79,14 @@ class _NewtonSearch:
 
     def walk(self, rows: Tensor, logits_of: LogitsFunction) -> None:
         """Take one gradient at each row's point, and lay a ray to where the linearised margin is zero."""
-        _, margin, gradient = margin_and_gradient(logits_of, self.point[rows], self.base[rows], self.target[rows])
         self.gradients[rows] += 1
+        logits, margin, gradient = margin_and_gradient(logits_of, self.point[rows], self.base[rows], self.target[rows])
+        third = third_above(logits, self.base[rows], self.target[rows]) & (self.gradients[rows] > 1)
         steepest = gradient.abs().amax((1, 2, 3))
         good = torch.isfinite(margin) & torch.isfinite(steepest) & (steepest > 0)
         self.status[rows[~good]] = Status.BAD_GRADIENT
         self.phase[rows[~good]] = self.DONE
-        rows, margin, gradient = rows[good], margin[good], gradient[good]
+        rows, margin, gradient, third = rows[good], margin[good], gradient[good], third[good]
         images, point, start_margin = self.images[rows], self.point[rows], self.start_margin[rows]
         first = self.gradients[rows] == 1
         margin = torch.where(first, start_margin, margin)
@@ -95,22 +107,22 @@ class _NewtonSearch:
         linearised = margin + row_sum(gradient * (images - point))
         self._lay_ray(rows, end, gradient, linearised, from_image)
         enough = from_image & ~first & (self.averaged[rows] >= self.wanted)
+        enough |= from_image & third  # which more gradients of the margin would not put down
         closing = enough | self.closed_once[rows] | (self.gradients[rows] >= self.max_gradients)
         self.closed_once[rows] |= closing
         self.phase[rows] = torch.where(closing, self.CLOSING, self.WALKING)
+        self.phase[rows[closing & third & self._may_sidestep(rows)]] = self.SIDESTEPPING
 
     def sidestep(self, rows: Tensor, logits_of: LogitsFunction) -> None:
-        """Where a third class is on top of a sample on the boundary, move along the boundary until it is not.
+        """Where a third class is on top near the boundary or on it, move along the boundary until it is not.
 
         A Newton step on two linearised constraints: the margin stays zero, and the third class falls below the pair.
         """
         images, x = self.images[rows], self.point[rows].requires_grad_()
-        pair = torch.stack([self.base[rows], self.target[rows]], 1)
         with torch.enable_grad():
             logits = logits_of(x)
             margin = margin_of(logits, self.base[rows], self.target[rows])
-            others = logits.scatter(1, pair, -torch.inf)
-            excess = others.amax(1) - logits.gather(1, pair).mean(1)
+            excess = excess_of(logits, self.base[rows], self.target[rows])
             (gradient,) = torch.autograd.grad(margin.sum(), x, retain_graph=True)
             (excess_gradient,) = torch.autograd.grad(excess.sum(), x)
         x, margin, excess = x.detach(), margin.detach(), excess.detach()
@@ -169,7 +181,7 @@ class _NewtonSearch:
         short = ~found & ~bracketed & ((scale >= limit) | (probes >= MAX_OPEN_PROBES))
         over = found | (probes >= MAX_PROBES) | (short & (self.gradients[rows] >= self.max_gradients))
         third = found & (judge(logits, self.base[rows], self.target[rows], 1.0) == Status.THIRD_CLASS)
-        aside = third & (self.gradients[rows] + 2 <= self.max_gradients)
+        aside = (third | third_above(logits, self.base[rows], self.target[rows])) & self._may_sidestep(rows)
         moved = short | aside
         self.point[rows[moved]] = (images + direction * per_row(scale))[moved].clamp(0, 1)
         self.scale[rows] = torch.where(found | short, scale, step)
@@ -178,6 +190,9 @@ class _NewtonSearch:
         self.inside[rows], self.outside[rows] = inside, outside
         self.phase[rows] = torch.where(over, self.DONE, torch.where(short, self.WALKING, self.CLOSING))
         self.phase[rows[aside]] = self.SIDESTEPPING
+
+    def _may_sidestep(self, rows: Tensor) -> Tensor:
+        return self.gradients[rows] + 2 <= self.max_gradients
 
     def _largest_scale(self, images: Tensor, direction: Tensor) -> Tensor:
         """The scale up to which the ray stays within half a quantisation step of the box."""

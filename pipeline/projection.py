@@ -7,6 +7,7 @@ from torch import Tensor
 
 INT8_MAX = 127
 PROJECTION_STEPS = 6  # each accounts for the pixels that saturated in the last one
+ROUNDING = 1e-6  # relative: a fall that is so nearly as asked is not improved
 
 
 def per_row(values: Tensor) -> Tensor:
@@ -34,18 +35,26 @@ def project(origin: Tensor, gradient: Tensor, decrease: Tensor) -> Tensor:
     """
     steepest = gradient.abs().amax((1, 2, 3))
     slopes, fall = gradient / per_row(steepest), decrease / steepest  # so that no square underflows
-    corner = torch.where(slopes > 0, 0.0, torch.where(slopes < 0, 1.0, origin))
-    largest = row_sum(slopes * (origin - corner))
+    largest = row_sum(slopes.clamp(min=0) * origin - slopes.clamp(max=0) * (1 - origin))
     aim = torch.minimum(fall, largest)
-    length = aim / row_sum(slopes.square())
+    squares = slopes.square()
+    length = aim / row_sum(squares)
     for _ in range(PROJECTION_STEPS):
         unclipped = origin - per_row(length) * slopes
         point = unclipped.clamp(0, 1)
-        slope = row_sum(slopes.square() * (unclipped == point))
         missing = aim - row_sum(slopes * (origin - point))
-        length = length + torch.where(slope > 0, missing / slope, 0)
-    point = (origin - per_row(length) * slopes).clamp(0, 1)
-    return torch.where(per_row(fall < largest), point, corner)
+        short = missing > ROUNDING * aim
+        if not short.any():
+            break
+        slope = row_sum(squares * (unclipped == point))
+        length = length + torch.where(short & (slope > 0), missing / slope, 0)
+    else:
+        point = (origin - per_row(length) * slopes).clamp(0, 1)
+    saturated = fall >= largest
+    if saturated.any():
+        corner = torch.where(slopes == 0, origin, (slopes < 0).to(origin.dtype))
+        point = torch.where(per_row(saturated), corner, point)
+    return point
 
 
 def project_on_two(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ from pipeline.forks import end_with_parent
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+KEPT_BYTES = 1 << 30  # of memory that is free but may be needed again
+LARGEST_FROM_HEAP = 1 << 25  # bytes, the most that glibc takes
+
 FIRST_PROCESS = "BOUNDARY_FIRST_PROCESS"  # environment: process id of the one that starts the others
 
 
@@ -30,6 +35,7 @@ def choose_device(runtime: Runtime) -> torch.device:
     if runtime.device == "cuda" and not available:
         raise ParameterError("runtime.device: 'cuda' is asked for, but torch finds no GPU; use 'auto' or 'cpu'")
     torch.set_num_threads(cpu_threads(runtime))
+    keep_freed_memory()
     # Recorded logits must mean the same everywhere: no TensorFloat-32, no choice of algorithm by timing.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -37,6 +43,18 @@ def choose_device(runtime: Runtime) -> torch.device:
     torch.backends.cudnn.deterministic = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return torch.device("cuda" if available and runtime.device != "cpu" else "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep memory that is freed, for the next layer of a network.
+
+    It would give megabytes back to the system and ask for them again in every layer, and the system clears them each
+    time: a sixth of the time of a small network on a CPU.
+    """
+    with contextlib.suppress(AttributeError):  # not glibc
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP)
+        library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def cpu_threads(runtime: Runtime) -> int:
