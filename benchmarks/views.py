@@ -20,7 +20,7 @@ from pipeline.config import Params, load_params
 from pipeline.data import Prepared, read_prepared
 from pipeline.models import placed
 from pipeline.prediction import accuracy
-from pipeline.runtime import make_fabric, search_batch
+from pipeline.runtime import Processes, search_batch
 from pipeline.shard_reader import BoundaryShards
 from pipeline.storage import Store, file_digest, lock, write_atomically, write_json
 from pipeline.student_run import Inputs, StudentRun
@@ -59,18 +59,18 @@ def _measure(params: Params, draws: int) -> Iterator[dict[str, Any]]:
     """One record for each method, number of views and draw, with the accuracy of every seed."""
     train, validation = read_prepared(PREPARED / "train.h5"), read_prepared(PREPARED / "validation.h5")
     student = params.students[0]
-    fabric = make_fabric(params.runtime, params.training.precision)
+    processes = Processes(params.runtime, params.training.precision)
 
     def accuracies(method: str, shards: BoundaryShards | None) -> list[float]:
-        run = StudentRun(params, student, method, Inputs(train, None, shards, TEACHER), fabric, Store(WORK / "fits"))
-        models = [placed(load_weights(fit.weights), fabric.device) for fit in run.fit_all()]
-        return [accuracy(model, validation, fabric.device) for model in models]
+        run = StudentRun(params, student, method, Inputs(train, None, shards, TEACHER), processes, Store(WORK / "fits"))
+        models = [placed(load_weights(fit.weights), processes.device) for fit in run.fit_all()]
+        return [accuracy(model, validation, processes.device) for model in models]
 
     for method in ("hinton_online", "bss_online"):
         yield {"method": method, "views": None, "draw": None, "accuracy": accuracies(method, None)}
     for draw in range(draws):
         for views in VIEWS:
-            shards = _published(params, train, draw, views, fabric.device)
+            shards = _published(params, train, draw, views, processes.device)
             for method in ("hinton", "bss"):
                 yield {"method": method, "views": views, "draw": draw, "accuracy": accuracies(method, shards)}
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from pipeline.data import Prepared
 from pipeline.models import Classifier, folded, placed
@@ -71,6 +70,8 @@ def compare(
     Pairs of perturbations are taken from images that both classify correctly, towards the teacher's runner-up; pairs
     in which a search did not converge are left out (NaN).
     """
+    from torchmetrics.functional.classification import multiclass_accuracy  # imported here: slow
+
     student = placed(student, device)
     logits = predict(student, data.images, device)
     perturbation = _perturbations(student, data, logits, teacher.labels, teacher.runner_up, batch_size, teacher.step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -84,6 +85,41 @@ def one_cpu_thread() -> Iterator[None]:
 def search_batch(runtime: Runtime, device: torch.device) -> int:
     """Samples per batch of the boundary search; large ones make a CPU ask for fresh memory in every layer."""
     return runtime.search_batch or (128 if device.type == "cpu" else 2048)
+
+
+class Processes:
+    """The processes of one training run: this one alone, those of torchrun, or `runtime.devices` that start here.
+
+    Args:
+        runtime: device, how many.
+        precision: of training.
+    """
+
+    def __init__(self, runtime: Runtime, precision: Literal["32-true", "bf16-mixed"]) -> None:
+        self.runtime, self.precision = runtime, precision
+        self.device = choose_device(runtime)
+        self.count = int(os.environ.get("WORLD_SIZE", runtime.devices))
+        if self.several:
+            self.fabric  # noqa: B018 (starts them)
+
+    @functools.cached_property
+    def fabric(self) -> Fabric:
+        """Lightning Fabric; to import it takes seconds, and a run that is finished does not need it."""
+        return make_fabric(self.runtime, self.precision)
+
+    @property
+    def several(self) -> bool:
+        return self.count > 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the files and talks to the user."""
+        return not self.several or bool(self.fabric.is_global_zero)
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        if self.several:
+            self.fabric.barrier()
 
 
 def make_fabric(runtime: Runtime, precision: Literal["32-true", "bf16-mixed"]) -> Fabric:

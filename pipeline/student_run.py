@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,13 @@ from pipeline.methods import LOSSES
 from pipeline.models import Architecture
 from pipeline.online_source import OnlineSource
 from pipeline.provenance import code_digest, fingerprint
-from pipeline.runtime import cpu_threads, search_batch, side_by_side
+from pipeline.runtime import Processes, cpu_threads, search_batch, side_by_side
 from pipeline.shard_format import MANIFEST
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
 from pipeline.storage import Store, file_digest
 from pipeline.teacher import architecture_for, load_with_digest
 from pipeline.training import Fit, find_fit, fit, processes_of
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
 
 # The modules that decide what a fit gives: an edit to one of them makes finished fits invalid.
 CODE = ("pipeline.methods", "pipeline.runtime", "pipeline.teacher", "pipeline.training")
@@ -85,15 +82,17 @@ class StudentRun:
         student: name of the network.
         method: name of an entry of `params.method`.
         inputs: what is at hand.
-        fabric: where to train.
+        processes: where to train.
         store: where finished fits are kept.
 
     Raises:
         DataError: the method needs an input that is not at hand.
     """
 
-    def __init__(self, params: Params, student: str, method: str, inputs: Inputs, fabric: Fabric, store: Store) -> None:
-        self.params, self.inputs, self.fabric, self.store = params, inputs, fabric, store
+    def __init__(
+        self, params: Params, student: str, method: str, inputs: Inputs, processes: Processes, store: Store
+    ) -> None:
+        self.params, self.inputs, self.processes, self.store = params, inputs, processes, store
         self.name = f"{student}-{method}"
         self.method = params.method[method]
         self.reads: dict[str, Any] = {"method": self.method.model_dump(), "training": params.training.model_dump()}
@@ -146,7 +145,7 @@ class StudentRun:
             return loss(student, batch, weights, progress)
 
         return fit(
-            self.fabric,
+            self.processes,
             self.store,
             self.key(seed),
             self.architecture,
@@ -161,7 +160,7 @@ class StudentRun:
 
     def key(self, seed: int) -> str:
         """The fingerprint of the run with a seed."""
-        return fingerprint(self.architecture._asdict(), self.reads, seed, *processes_of(self.fabric))
+        return fingerprint(self.architecture._asdict(), self.reads, seed, *processes_of(self.processes))
 
     def unfinished(self) -> list[int]:
         """The seeds without a finished run."""
@@ -170,8 +169,9 @@ class StudentRun:
     def fit_all(self) -> list[Fit]:
         """Train with all seeds, or find the finished runs; on a CPU side by side, in forks of this process."""
         runtime, unfinished = self.params.runtime, self.unfinished()
-        workers = side_by_side(runtime, self.fabric.device)
-        if self.fabric.world_size == 1 and workers > 1 and unfinished:
+        workers = side_by_side(runtime, self.processes.device)
+        if not self.processes.several and workers > 1 and unfinished:
+            self.processes.fabric  # noqa: B018 (imported here, once for all forks)
             torch.set_num_threads(1)  # OpenMP's threads do not live on in a fork, which would wait for them for ever
             if self.method.source == "shards":
                 self._shards()  # loaded here, the pages are shared by all workers
@@ -185,11 +185,11 @@ class StudentRun:
         return [fit._replace(reused=seed not in unfinished) for seed, fit in enumerate(fits)]
 
     def _fit_in_fork(self, seed: int, slot: int) -> None:
-        torch.set_num_threads(threads_each(self.params.runtime, self.fabric.device))
+        torch.set_num_threads(threads_each(self.params.runtime, self.processes.device))
         self.fit(seed, slot)
 
     def _source(self, seed: int) -> Source:
-        batch_size, device, dataset = self.params.training.batch_size, self.fabric.device, self.params.dataset
+        batch_size, device, dataset = self.params.training.batch_size, self.processes.device, self.params.dataset
         if self.method.source == "shards":
             return self._shards().for_seed(seed)
         assert self.inputs.train is not None
@@ -207,7 +207,7 @@ class StudentRun:
                 self.inputs.shards,
                 0,
                 self.params.training.batch_size,
-                self.fabric.device,
+                self.processes.device,
                 with_boundary=self.method.algorithm == "bss",
                 train=self.inputs.train,
             )

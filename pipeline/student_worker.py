@@ -13,7 +13,7 @@ import torch
 from pipeline.cluster import on_workers
 from pipeline.config import Params, check_params
 from pipeline.errors import WorkerError
-from pipeline.runtime import choose_device, make_fabric
+from pipeline.runtime import Processes, choose_device
 from pipeline.storage import Store
 from pipeline.student_run import InputPaths, Inputs, StudentRun, threads_each
 
@@ -83,9 +83,9 @@ def fit_one(job: Job, task: Task) -> Task:
 def _run(job: Job, student: str, method: str) -> StudentRun:
     """Shards are loaded once for all seeds in a row."""
     params = _params(job)
-    fabric = make_fabric(params.runtime, params.training.precision)
+    processes = Processes(params.runtime, params.training.precision)
     inputs = _inputs(job, params.method[method].source)
-    return StudentRun(params, student, method, inputs, fabric, Store(job.store))
+    return StudentRun(params, student, method, inputs, processes, Store(job.store))
 
 
 @lru_cache(maxsize=3)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,15 +9,15 @@ from pipeline.batches import Batch, FreshSource
 from pipeline.config import Params
 from pipeline.data import Prepared
 from pipeline.provenance import code_digest, fingerprint
+from pipeline.runtime import Processes
 from pipeline.storage import Store
 from pipeline.teacher import teacher_architecture
 from pipeline.training import Fit, fit, processes_of
 
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
 
-
-def train_teacher(params: Params, train: Prepared, validation: Prepared | None, fabric: Fabric, store: Store) -> Fit:
+def train_teacher(
+    params: Params, train: Prepared, validation: Prepared | None, processes: Processes, store: Store
+) -> Fit:
     """Train the teacher, or find the finished run; the validation split serves the curve only."""
     teacher, dataset = params.teacher, params.dataset
     architecture = teacher_architecture(teacher, train)
@@ -29,14 +27,16 @@ def train_teacher(params: Params, train: Prepared, validation: Prepared | None, 
         [dataset.padding, dataset.flip],
         [train.digest, validation.digest if validation is not None else None],
         code_digest("pipeline.teacher_run"),
-        *processes_of(fabric),
+        *processes_of(processes),
     )
 
     def source() -> FreshSource:
         batch_size = teacher.training.batch_size
-        return FreshSource(train, dataset.padding, dataset.flip, teacher.seed, batch_size, fabric.device)
+        return FreshSource(train, dataset.padding, dataset.flip, teacher.seed, batch_size, processes.device)
 
-    return fit(fabric, store, key, architecture, source, _loss, teacher.training, teacher.seed, validation, "teacher")
+    return fit(
+        processes, store, key, architecture, source, _loss, teacher.training, teacher.seed, validation, "teacher"
+    )
 
 
 def _loss(model: nn.Module, batch: Batch, progress: float) -> Tensor:

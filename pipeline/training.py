@@ -21,6 +21,7 @@ from pipeline.data import Prepared
 from pipeline.errors import TrainingError
 from pipeline.models import Architecture, Classifier, build, placed
 from pipeline.prediction import accuracy
+from pipeline.runtime import Processes
 from pipeline.storage import Store, write_atomically, write_json
 from pipeline.weights import save_weights
 
@@ -54,7 +55,7 @@ def learning_rate(training: Training, epoch: int) -> float:
 
 
 def fit(
-    fabric: Fabric,
+    processes: Processes,
     store: Store,
     key: str,
     architecture: Architecture,
@@ -73,7 +74,7 @@ def fit(
     statistics are saved), and BSS chooses its samples within each share.
 
     Args:
-        fabric: device, precision, processes.
+        processes: where to train; not started for a finished run.
         store: where checkpoints and finished runs are kept.
         key: fingerprint of everything that decides the result.
         architecture: what to train.
@@ -91,6 +92,7 @@ def fit(
     finished = find_fit(store, key)
     if finished:
         return finished
+    fabric = processes.fabric
     torch.manual_seed(seed)
     classifier = build(architecture)
     curve = _Run(fabric, classifier, training, store.path(f"{key}/checkpoint.pt")).train(
@@ -107,9 +109,9 @@ def fit(
     return Fit(store.path(f"{key}/{WEIGHTS}"), curve, reused=False)
 
 
-def processes_of(fabric: Fabric) -> list[int]:
+def processes_of(processes: Processes) -> list[int]:
     """What several processes add to the fingerprint of a fit; nothing for one."""
-    return [fabric.world_size] if fabric.world_size > 1 else []
+    return [processes.count] if processes.several else []
 
 
 def find_fit(store: Store, key: str) -> Fit | None:

@@ -13,7 +13,7 @@ from pipeline.cluster import connected
 from pipeline.config import Params, load_params
 from pipeline.errors import ParameterError
 from pipeline.networks import check_network
-from pipeline.runtime import make_fabric
+from pipeline.runtime import Processes
 from pipeline.storage import Store, atomic_directory, check_replaceable, copy_file, lock, write_atomically, write_json
 from pipeline.student_run import InputPaths, StudentRun
 from pipeline.student_worker import Task, fit_on_workers
@@ -62,15 +62,15 @@ def main(
     inputs = {source: paths.read(source) for source in {params.method[method].source for _, method in chosen}}
     if scheduler is not None and params.runtime.devices > 1:
         raise ParameterError("--scheduler: trains each run on one device, but runtime.devices is more than 1")
-    fabric = make_fabric(params.runtime, params.training.precision)
+    processes = Processes(params.runtime, params.training.precision)
     for student, method in chosen:
         check_replaceable(out / f"{student}-{method}", PUBLISHED)
-    runs = [StudentRun(params, *each, inputs[params.method[each[1]].source], fabric, store) for each in chosen]
+    runs = [StudentRun(params, *each, inputs[params.method[each[1]].source], processes, store) for each in chosen]
     with ExitStack() as stack:
-        if fabric.is_global_zero:
+        if processes.is_first:
             for run in runs:
                 stack.enter_context(lock(WORK / f"student-{run.name}.lock", say))
-        fabric.barrier()  # all processes look for finished runs when nobody else writes
+        processes.barrier()  # all processes look for finished runs when nobody else writes
         unfinished = [run.unfinished() for run in runs]
         if scheduler is not None and any(unfinished):
             tasks = [
@@ -84,7 +84,7 @@ def main(
                     bar.update()
         for run, seeds in zip(runs, unfinished, strict=True):
             figures = _fit_and_publish(run, out / run.name, reports / run.name)
-            if fabric.is_global_zero:
+            if processes.is_first:
                 reused = params.seeds - len(seeds)
                 click.echo(
                     f"wrote {out / run.name}: {params.seeds} seeds ({len(seeds)} trained, {reused} reused){figures}"
@@ -111,7 +111,7 @@ def _choose(params: Params, student: str | None, method: str | None, everything:
 def _fit_and_publish(run: StudentRun, out: Path, reports: Path) -> str:
     """Train what is not finished, write all seeds; returns the figures for the last line."""
     fits = run.fit_all()
-    if not run.fabric.is_global_zero:
+    if not run.processes.is_first:
         return ""
     with atomic_directory(out, PUBLISHED) as directory:
         for seed, fit in enumerate(fits):

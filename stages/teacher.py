@@ -10,7 +10,7 @@ import click
 from pipeline.config import load_params
 from pipeline.data import read_prepared, read_validation
 from pipeline.prediction import accuracy
-from pipeline.runtime import choose_device, make_fabric
+from pipeline.runtime import Processes, choose_device
 from pipeline.storage import Store, lock, write_atomically, write_json
 from pipeline.teacher import checked_accuracy, teacher_architecture
 from pipeline.teacher_run import train_teacher
@@ -42,11 +42,11 @@ def main(context: click.Context, params_path: Path, prepared: Path, out: Path, r
         curve: list[dict[str, float]] = []
         origin = f"imported from {params.teacher.weights}"
     else:
-        fabric = make_fabric(params.runtime, params.teacher.training.precision)
-        with lock(WORK / "teacher.lock", say) if fabric.is_global_zero else nullcontext():
-            fabric.barrier()  # all processes look for a finished run when nobody else writes
-            result = train_teacher(params, train, validation, fabric, Store(WORK / "fits"))
-        if not fabric.is_global_zero:
+        processes = Processes(params.runtime, params.teacher.training.precision)
+        with lock(WORK / "teacher.lock", say) if processes.is_first else nullcontext():
+            processes.barrier()  # all processes look for a finished run when nobody else writes
+            result = train_teacher(params, train, validation, processes, Store(WORK / "fits"))
+        if not processes.is_first:
             return
         teacher, curve = load_weights(result.weights), result.curve
         origin = "finished before" if result.reused else f"trained for {params.teacher.training.epochs} epochs"

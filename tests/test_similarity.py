@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from pipeline.boundary import judge, margin_of
+from pipeline.metrics import AngSim, MagSim
 from pipeline.newton import newton
 from pipeline.similarity import (
-    AngSim,
-    MagSim,
     agreement,
     ang_sim,
     angle_similarity,

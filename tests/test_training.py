@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pipeline import training
 from pipeline.batches import Batch, FreshSource, batches_of
 from pipeline.errors import DataError, TrainingError
-from pipeline.runtime import make_fabric
+from pipeline.runtime import Processes
 from pipeline.shard_reader import BoundaryShards
 from pipeline.storage import Store
 from pipeline.student_run import Inputs, StudentRun
@@ -92,7 +92,7 @@ def fit_tiny(store, source=None, key="key", seed=0, validation=False, **changes)
     params = tiny_params({**defaults, **{f"training.{name}": value for name, value in changes.items()}})
     splits = tiny_splits()
     return fit(
-        make_fabric(params.runtime, "32-true"),
+        Processes(params.runtime, "32-true"),
         Store(store),
         key,
         architecture_for("resnet8w2", splits["train"]),
@@ -341,8 +341,8 @@ def student_run(directory, samples, method="bss", changes=None, **inputs):
         given["shards"] = BoundaryShards(samples / "bss")
     if params.method[method].source == "online":
         given["teacher"] = samples / "teacher.safetensors"
-    fabric = make_fabric(params.runtime, params.training.precision)
-    return StudentRun(params, "resnet8w2", method, Inputs(**(given | inputs)), fabric, Store(directory))
+    processes = Processes(params.runtime, params.training.precision)
+    return StudentRun(params, "resnet8w2", method, Inputs(**(given | inputs)), processes, Store(directory))
 
 
 @pytest.mark.parametrize("method", ["original", "bss"])
