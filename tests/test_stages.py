@@ -67,6 +67,28 @@ def chain(tmp_path_factory):
     return directory, output
 
 
+SLOW_IMPORTS = {"lightning_fabric", "torchmetrics", "torchvision", "distributed", "sklearn", "scipy"}
+
+
+@pytest.mark.parametrize(
+    "stage", [("teacher",), ("attack",), student("bss"), ("evaluate",)], ids=lambda stage: stage[0]
+)
+def test_a_stage_that_has_nothing_to_do_imports_nothing_slow(chain, stage):
+    name, *arguments = stage
+    code = (
+        f"import sys; from stages.{name} import main; main({arguments}, standalone_mode=False); "
+        f"print(sorted({SLOW_IMPORTS} & set(sys.modules)))"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=chain[0],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.stdout.splitlines()[-1] == "[]", process.stdout + process.stderr
+
+
 def test_every_stage_ends_with_a_line_that_says_what_it_wrote(chain):
     _, output = chain
     written = {
