@@ -47,13 +47,15 @@ class ShardFile(contextlib.AbstractContextManager["ShardFile"]):
             for name, value in (attributes or {}).items():
                 if self._file.attrs.get(name) != value:
                     raise ShardError(f"{path}: is another shard than it was ('{name}'): run again")
-            self._datasets = {name: self._file[name] for name in columns}
-            self._places = {name: place for name, column in self._datasets.items() if (place := _place_of(column))}
+            # Identifiers and no h5py.Dataset: to make that of every column takes longer than to read it.
+            opened = {name: h5py.h5d.open(self._file.id, name.encode()) for name in columns}
+            places = {} if self._file.userblock_size else {name: _place_of(column) for name, column in opened.items()}
+            self._places = {name: place for name, place in places.items() if place}
+            self._datasets = {name: h5py.Dataset(opened[name]) for name in opened.keys() - self._places.keys()}
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except (OSError, KeyError, RuntimeError) as error:
             raise ShardError(f"{path}: not a readable shard ({error})") from None
-        if len(self._places) == len(self._datasets):
-            self._datasets = {}
+        if not self._datasets:
             self._file.close()
 
     def read(self, column: str, first: int = 0, end: int | None = None) -> NDArray[Any]:
@@ -96,12 +98,13 @@ class ShardFile(contextlib.AbstractContextManager["ShardFile"]):
             self.close()
 
 
-def _place_of(column: h5py.Dataset) -> _Place | None:
+def _place_of(column: h5py.h5d.DatasetID) -> _Place | None:
     """Where a column lies in its file, if it does so in one piece and as it is in memory."""
-    plain = column.dtype.isnative and column.chunks == column.shape and column.id.get_create_plist().get_nfilters() == 0
-    if not plain or column.file.userblock_size or column.id.get_num_chunks() != 1:
+    layout, dtype, shape = column.get_create_plist(), column.dtype, column.shape
+    chunked = layout.get_layout() == h5py.h5d.CHUNKED and layout.get_nfilters() == 0
+    if not chunked or not dtype.isnative or layout.get_chunk() != shape or column.get_num_chunks() != 1:
         return None
-    return _Place(column.id.get_chunk_info(0).byte_offset, column.dtype, column.shape)
+    return _Place(column.get_chunk_info(0).byte_offset, dtype, shape)
 
 
 def read_columns(

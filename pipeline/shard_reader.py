@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.shard_file import ShardFile, read_columns
+from pipeline.shard_file import ShardFile
 from pipeline.shard_format import ShardEntry, attributes_of, check_shard, read_manifest
 
 OPEN_FILES = 512  # at most, in each process; it costs milliseconds to open one
@@ -98,19 +98,18 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
 
     def read(self, shard: ShardEntry, columns: Iterable[str]) -> dict[str, NDArray[Any]]:
         """Whole columns of one shard, as stored, except `index`, which is int64."""
-        return read_columns(self.directory / shard.name, columns, self._attributes(shard))
-
-    def _attributes(self, shard: ShardEntry) -> dict[str, Any]:
-        """What a shard says of itself: the directory may have been replaced by another dataset since it was checked."""
-        return attributes_of(self.manifest.fingerprint, shard.view, shard.block)
+        file = self._open(shard)
+        return {name: file.read(name) for name in columns}
 
     def _open(self, shard: ShardEntry) -> ShardFile:
         """The shard's file, opened when it is not among those that were read last."""
         file = self._files.pop(shard.name, None)
         if file is None:
             if len(self._files) == OPEN_FILES:
-                self._files.pop(next(iter(self._files))).close()
-            file = ShardFile(self.directory / shard.name, self.manifest.columns, self._attributes(shard))
+                self._files.pop(next(iter(self._files)))  # closed when no other thread reads it
+            # Its attributes say whether the directory has been replaced by another dataset since it was checked.
+            attributes = attributes_of(self.manifest.fingerprint, shard.view, shard.block)
+            file = ShardFile(self.directory / shard.name, self.manifest.columns, attributes)
         self._files[shard.name] = file
         return file
 

@@ -779,3 +779,13 @@ def test_the_search_of_the_paper_fills_the_same_columns(tmp_path, train):
     assert find_problems(tmp_path / "bss", manifest) == []
     assert manifest.totals.statuses["base_misclassified"] >= 5
     assert manifest.parameters["attack"]["search"] == "heo2019"
+
+
+def test_a_shard_is_opened_through_hdf5_once(made, monkeypatch):
+    shards = BoundaryShards(made / "bss")
+    columns = shards.manifest.columns
+    first = [shards.read(shard, columns) for shard in shards.manifest.shards]
+    monkeypatch.setattr(h5py, "File", None)
+    for shard, expected in zip(shards.manifest.shards, first, strict=True):
+        for name, values in shards.read(shard, columns).items():
+            np.testing.assert_array_equal(values, expected[name])
