@@ -49,7 +49,7 @@ class Method(NamedTuple):
     run: Callable[[Counted, Counted, Searches], Tensor]
 
 
-def ours(fast: Counted, teacher: Counted, todo: Searches, gradients: int) -> Tensor:
+def ours(fast: Counted, teacher: Counted, todo: Searches, gradients: int, batch: int = 128) -> Tensor:
     """The default search, with the mean of so many gradients."""
     found = newton(
         fast,
@@ -58,7 +58,7 @@ def ours(fast: Counted, teacher: Counted, todo: Searches, gradients: int) -> Ten
         todo.target,
         tolerance=TOLERANCE,
         averaged=gradients,
-        batch_size=128,
+        batch_size=batch,
         reference=teacher,
         logits=todo.logits,
     )
@@ -123,7 +123,7 @@ METHODS = {
     "newton, mean of 7 gradients": Method(512, True, partial(ours, gradients=7)),
     "plain loop of the paper's rule, as released": Method(512, True, partial(plain_loop, frozen=False)),
     "the same, teacher frozen": Method(512, True, partial(plain_loop, frozen=True)),
-    DDN: Method(96, True, partial(with_foolbox, attack="DDNAttack", targeted=True, steps=100)),
+    DDN: Method(256, True, partial(with_foolbox, attack="DDNAttack", targeted=True, steps=100)),
     "foolbox FMN, targeted, 100 steps": Method(
         96, True, partial(with_foolbox, attack="L2FMNAttack", targeted=True, steps=100)
     ),

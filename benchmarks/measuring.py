@@ -117,11 +117,15 @@ class Spread(NamedTuple):
 def seconds_of(function: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
     """How long a call takes, until the device has done what it was asked to do; and what it returns."""
     if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        start.record()
+        result = function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000, result
     begin = time.perf_counter()
     result = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
     return time.perf_counter() - begin, result
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -24,9 +25,11 @@ from benchmarks.measuring import WEIGHTS, Spread, first_images, publish, real_te
 from pipeline.attack import Block, Search
 from pipeline.attack_run import SampleDataset
 from pipeline.config import load_params
-from pipeline.data import Prepared, write_prepared
+from pipeline.data import Prepared, read_prepared, write_prepared
+from pipeline.forks import run_in_forks
 from pipeline.presets import configure
 from pipeline.provenance import ROOT
+from pipeline.runtime import keep_freed_memory, search_batch, side_by_side
 from pipeline.shard_reader import BoundaryShards
 from pipeline.storage import Store, file_digest
 from pipeline.weights import save_weights
@@ -35,27 +38,36 @@ CPU = torch.device("cpu")
 SHARDS, ROWS = 32, 1024
 SIZES = (1000, 2000, 4000, 8000, 16000)
 BATCH = 256
+LARGE = 4000  # images: from here on, what every run does once hardly counts
 
 
 @click.command()
-@click.option("--runs", default=5, show_default=True, help="Of each codec.")
+@click.option("--runs", default=5, show_default=True, help="Of each measurement, in turn.")
 @click.option(
     "--growth/--no-growth", default=True, show_default=True, help="Also the attack on 1,000 to 16,000 images."
 )
-def main(runs: int, growth: bool) -> None:
-    """Write, read and publish shards of real samples.
+@click.option("--large", default=0, show_default=True, help="Also the attack on so many images, once, for its memory.")
+def main(runs: int, growth: bool, large: int) -> None:
+    """Write, read and publish shards of real samples; run the attack stage on ever more images.
 
     Example: python -m benchmarks.shards
     """
-    train = real_train(max(ROWS, max(SIZES) if growth else 0))
+    torch.set_num_threads(1)  # as in the stage, whose forks have one each
+    keep_freed_memory()
+    train = real_train(max(ROWS, max(SIZES) if growth else 0, large))
     records: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(dir=ROOT / ".work" if (ROOT / ".work").is_dir() else None) as folder:
+    (ROOT / ".work").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / ".work") as folder:
         records += _codecs(train, Path(folder), runs)
         text = table([_codec_row(record) for record in records])
         if growth:
-            grown = [_attack(train, count, Path(folder)) for count in tqdm(SIZES, desc="growth", disable=None)]
-            records += grown
+            grown = _growth(train, Path(folder), runs)
+            if large:
+                grown.append(_large(train, large, Path(folder)))
+            workers = _workers(train, Path(folder), runs)
+            records += grown + workers
             text += "\n\n" + table([_growth_row(record) for record in grown]) + f"\n\n{_slope(grown)}"
+            text += "\n\n" + table([_workers_row(record) for record in workers])
     publish("shards", CPU, records, text)
 
 
@@ -82,8 +94,9 @@ def _codecs(train: Prepared, folder: Path, runs: int) -> list[dict[str, Any]]:
             names = [folder / codec / shard.name for shard in shards.manifest.shards]
             seconds, _ = seconds_of(partial(_raw, names), CPU)
             found.setdefault("raw", []).append(size[codec] / 1e6 / seconds)
-            seconds, _ = seconds_of(partial(_columns, shards), CPU)
-            found.setdefault("sequential", []).append(megabytes / seconds)
+            for name in ("opened", "again"):
+                seconds, _ = seconds_of(partial(_columns, shards), CPU)
+                found.setdefault(name, []).append(megabytes / seconds)
             rows = list(range(len(shards)))
             for name, wanted in (("in order", rows), ("random", random.Random(run).sample(rows, 8192))):
                 seconds, count = seconds_of(partial(_batches, shards, wanted), CPU)
@@ -127,23 +140,107 @@ def _batches(shards: BoundaryShards, rows: list[int]) -> int:
     return len(rows)
 
 
-def _attack(train: Prepared, count: int, folder: Path) -> dict[str, Any]:
-    """The attack stage on so many images, one view, in a process of its own."""
-    project = folder / f"growth-{count}"
-    write_prepared(project / "data/prepared/train.h5", first_images(train, count))
-    save_weights(real_teacher(CPU), project / "models/teacher.safetensors")
-    (project / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
-    configure(project / "params.yaml", ["attack.views=1", "dataset.padding=4", "dataset.flip=true"])
+def _growth(train: Prepared, folder: Path, runs: int) -> list[dict[str, Any]]:
+    """The attack stage on ever more images: the whole command, the same with nothing to do, and searching alone."""
+    projects = {count: _project(train, count, folder) for count in SIZES}
+    found: dict[int, dict[str, list[float]]] = {count: {} for count in SIZES}
+    for _ in tqdm(range(runs), desc="growth", disable=None):
+        for count, project in projects.items():
+            shutil.rmtree(project / ".work", ignore_errors=True)
+            stage, idle, search = _stage(project), _stage(project), _search_alone(project)
+            for name, value in (
+                ("stage", stage.seconds),
+                ("idle", idle.seconds),
+                ("work", stage.seconds - idle.seconds),
+                ("search", search),
+                ("over search", stage.seconds / search),
+                ("peak_mib", stage.peak),
+            ):
+                found[count].setdefault(name, []).append(value)
+    return [
+        {"images": count} | {name: Spread.of(each)._asdict() for name, each in values.items()}
+        for count, values in found.items()
+    ]
+
+
+def _large(train: Prepared, count: int, folder: Path) -> dict[str, Any]:
+    stage = _stage(_project(train, count, folder))
+    return {
+        "images": count,
+        "stage": Spread.of([stage.seconds])._asdict(),
+        "peak_mib": Spread.of([stage.peak])._asdict(),
+    }
+
+
+def _workers(train: Prepared, folder: Path, runs: int, count: int = 4000) -> list[dict[str, Any]]:
+    """The attack stage with dask workers beside forks of its own."""
+    project = _project(train, count, folder)
+    ways = {
+        "1 fork": ("runtime.workers=1",),
+        "2 forks": ("runtime.workers=2",),
+        "1 dask worker": ("--scheduler", "1"),
+        "2 dask workers": ("--scheduler", "2"),
+    }
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in tqdm(range(runs), desc="workers", disable=None):
+        for way, options in ways.items():
+            shutil.rmtree(project / ".work", ignore_errors=True)
+            changes = [option for option in options if "=" in option]
+            configure(project / "params.yaml", changes or ["runtime.workers=null"])
+            times[way].append(_stage(project, *(option for option in options if "=" not in option)).seconds)
+    return [{"way": way, "images": count, "stage": Spread.of(values)._asdict()} for way, values in times.items()]
+
+
+def _project(train: Prepared, count: int, folder: Path) -> Path:
+    """A folder in which the attack stage can run on so many images: one view, in shards of 256 for two workers."""
+    project = folder / f"images-{count}"
+    if not project.is_dir():
+        write_prepared(project / "data/prepared/train.h5", first_images(train, count))
+        save_weights(real_teacher(CPU), project / "models/teacher.safetensors")
+        (project / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+        changes = ["attack.views=1", "attack.rows_per_shard=256", "dataset.padding=4", "dataset.flip=true"]
+        configure(project / "params.yaml", changes)
+    return project
+
+
+class Ran(NamedTuple):
+    """A command that has ended."""
+
+    seconds: float
+    peak: float
+    """MiB."""
+
+
+def _stage(project: Path, *options: str) -> Ran:
+    """The attack stage, in a process of its own."""
     begin, peak = time.perf_counter(), 0.0
     process = subprocess.Popen(
-        [sys.executable, "-m", "stages.attack"], cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [sys.executable, "-m", "stages.attack", *options],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     while process.poll() is None:
         peak = max(peak, _memory(process.pid))
-        time.sleep(0.1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.25)
     if process.returncode:
-        raise click.ClickException(f"the attack on {count} images failed")
-    return {"images": count, "seconds": time.perf_counter() - begin, "peak_mib": peak}
+        raise click.ClickException(f"the attack in {project} failed")
+    return Ran(time.perf_counter() - begin, peak)
+
+
+def _search_alone(project: Path) -> float:
+    """Seconds that all searches of a project take, side by side as in the stage, when nothing is written."""
+    params, train = load_params(project / "params.yaml"), read_prepared(project / "data/prepared/train.h5")
+    search = Search(real_teacher(CPU), params.attack, params.dataset, CPU, search_batch(params.runtime, CPU))
+    dataset = SampleDataset(train, params.dataset, params.attack, file_digest(WEIGHTS), Store(project / "none"))
+
+    def only_search(block: Block, slot: int) -> None:
+        search.shard_values(train, block)
+
+    tasks = [partial(only_search, block) for block in dataset.blocks]
+    return seconds_of(partial(list, run_in_forks(tasks, side_by_side(params.runtime, CPU))), CPU)[0]
 
 
 def _memory(process: int) -> float:
@@ -165,25 +262,48 @@ def _codec_row(record: dict[str, Any]) -> dict[str, str]:
         "bytes a row": f"{record['bytes_per_row']:,.0f}",
         "write, MB/s": spread("write"),
         "raw read of the files, MB/s": spread("raw"),
-        "whole columns, MB/s": spread("sequential"),
+        "whole columns, MB/s": spread("opened"),
+        "the same again, MB/s": spread("again"),
         "rows/s in order": spread("in order"),
         "rows/s at random": spread("random"),
     }
 
 
 def _growth_row(record: dict[str, Any]) -> dict[str, str]:
+    def spread(name: str, digits: int) -> str:
+        return Spread(**record[name]).text(digits) if name in record else "-"
+
     return {
         "images": f"{record['images']:,}",
-        "attack stage, s": f"{record['seconds']:.1f}",
-        "images/s": f"{record['images'] / record['seconds']:.0f}",
-        "memory at most, MiB": f"{record['peak_mib']:.0f}",
+        "attack stage, s": spread("stage", 1),
+        "with nothing to do, s": spread("idle", 1),
+        "searching alone, s": spread("search", 1),
+        "stage over searching": spread("over search", 2),
+        "memory at most, MiB": spread("peak_mib", 0),
+    }
+
+
+def _workers_row(record: dict[str, Any]) -> dict[str, str]:
+    seconds = Spread(**record["stage"])
+    return {
+        "by": record["way"],
+        "images": f"{record['images']:,}",
+        "attack stage, s": seconds.text(1),
     }
 
 
 def _slope(records: list[dict[str, Any]]) -> str:
-    images, seconds = (np.log([record[name] for record in records]) for name in ("images", "seconds"))
-    slope = np.polyfit(images, seconds, 1)[0]
-    return f"Slope of log time against log images, start of the process included: {slope:.3f}."
+    grown = [record for record in records if "work" in record]
+    images = np.array([record["images"] for record in grown])
+    stage, work = (np.array([record[name]["median"] for record in grown]) for name in ("stage", "work"))
+    large = images >= LARGE
+    each, start = np.polyfit(images, stage, 1)
+    return (
+        "Slope of log time against log images, of the stage less a run with nothing to do: "
+        f"{np.polyfit(np.log(images), np.log(work), 1)[0]:.3f}; from {LARGE:,} images on "
+        f"{np.polyfit(np.log(images[large]), np.log(work[large]), 1)[0]:.3f}. The stage takes about {start:.1f} s, and "
+        f"{each * 1000:.2f} s for each 1,000 images."
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import torch
@@ -96,8 +96,18 @@ def main(runs: int, images: int, student: str, device: str) -> None:
 
     Example: python -m benchmarks.students
     """
+    params = benchmark_params(device)
+    with tempfile.TemporaryDirectory() as folder:
+        records = epochs_of_sources(params, student, images, runs, Path(folder))
+    text = table([_row(record, records) for record in records if "epoch" in record])
+    text += "\n\n" + _totals({record["name"]: record for record in records})
+    publish("students", torch.device(device), records, text)
+
+
+def benchmark_params(device: str) -> Params:
+    """The parameters of everything that is measured on CIFAR-10 images."""
     params = load_params(ROOT / "params.yaml")
-    params = params.model_copy(
+    return params.model_copy(
         update={
             "attack": params.attack.model_copy(update={"views": VIEWS, "search": "newton"}),
             "dataset": params.dataset.model_copy(update={"padding": 4, "flip": True}),
@@ -105,15 +115,18 @@ def main(runs: int, images: int, student: str, device: str) -> None:
             "runtime": params.runtime.model_copy(update={"device": device}),
         }
     )
-    with tempfile.TemporaryDirectory() as folder:
-        records = _measure(params, student, images, runs, Path(folder))
-    text = table([_row(record, records) for record in records if "epoch" in record])
-    text += "\n\n" + _totals({record["name"]: record for record in records})
-    publish("students", torch.device(device), records, text)
 
 
-def _measure(params: Params, student: str, images: int, runs: int, folder: Path) -> list[dict[str, Any]]:
-    fabric = make_fabric(params.runtime, "32-true")
+def epochs_of_sources(
+    params: Params,
+    student: str,
+    images: int,
+    runs: int,
+    folder: Path,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+) -> list[dict[str, Any]]:
+    """Images per second of a student by every kind of source, a turn each; and the rate of the attack before them."""
+    fabric = make_fabric(params.runtime, precision)
     device = fabric.device
     train, teacher = first_images(real_train(images), images), real_teacher(device)
     batch = search_batch(params.runtime, device)

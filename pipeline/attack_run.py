@@ -14,6 +14,7 @@ from pipeline.data import Prepared
 from pipeline.errors import ParameterError, ShardError
 from pipeline.forks import run_in_forks
 from pipeline.provenance import code_digest, fingerprint
+from pipeline.runtime import return_freed_memory
 from pipeline.shard_file import read_columns
 from pipeline.shard_format import (
     FORMAT_VERSION,
@@ -107,12 +108,14 @@ class SampleDataset:
                 self._make_one(search, block)
                 yield block
         else:
+            return_freed_memory()  # which each fork would have again
             for number in run_in_forks([partial(self._make_one, search, block) for block in blocks], workers):
                 yield blocks[number]
 
     def _make_one(self, search: Search, block: Block, slot: int = 0) -> None:
         self.write(self.store.path(self.stored_name(block)), search, block)
         self.store.seal(self.stored_name(block))
+        return_freed_memory()
 
     def write(self, path: Path, search: Search, block: Block) -> None:
         """Search, and write what is found to a file."""

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ShardError
 
+CHUNK_CACHE = 1 << 19  # bytes of each compressed column that HDF5 keeps; hundreds of files may be open
+
 
 class _Place(NamedTuple):
     """Where the bytes of a column are: all its rows, one after the other."""
@@ -43,7 +45,7 @@ class ShardFile(contextlib.AbstractContextManager["ShardFile"]):
         self._handle = -1
         self._datasets: dict[str, h5py.Dataset] = {}
         try:
-            self._file = h5py.File(path, "r")
+            self._file = h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE)
             for name, value in (attributes or {}).items():
                 if self._file.attrs.get(name) != value:
                     raise ShardError(f"{path}: is another shard than it was ('{name}'): run again")

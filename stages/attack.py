@@ -22,7 +22,7 @@ from pipeline.storage import Store, check_replaceable, lock
 from pipeline.teacher import checked_accuracy, load_with_digest
 from stages.cli import WORK, errors_in_one_line, params_option, path_option, say, scheduler_option
 
-TEACHER_CHECK = 2048  # images on which the teacher is checked first
+TEACHER_CHECK = 512  # images on which the teacher is checked first
 
 
 @click.command()
