@@ -79,7 +79,7 @@ def _codecs(train: Prepared, folder: Path, runs: int) -> list[dict[str, Any]]:
     rates: dict[str, dict[str, list[float]]] = {}
     size: dict[str, int] = {}
     for run in tqdm(range(runs), desc="codecs", disable=None):
-        for codec in ("none", "lzf", "gzip"):
+        for codec in ("none", "gzip"):
             attack = params.attack.model_copy(update={"compression": codec, "views": SHARDS, "rows_per_shard": ROWS})
             store = Store(folder / f"store-{codec}")
             dataset = SampleDataset(first_images(train, ROWS), params.dataset, attack, file_digest(WEIGHTS), store)

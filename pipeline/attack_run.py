@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.attack import Block, Search
-from pipeline.config import Attack, Dataset
+from pipeline.card import CROISSANT, NOTHING_STATED, README, write_card
+from pipeline.config import Attack, Card, Dataset
 from pipeline.data import Prepared
 from pipeline.errors import ParameterError, ShardError
 from pipeline.forks import run_in_forks
 from pipeline.provenance import code_digest, fingerprint
 from pipeline.runtime import return_freed_memory
+from pipeline.shard_check import is_shard
 from pipeline.shard_file import read_columns
 from pipeline.shard_format import (
     FORMAT_VERSION,
@@ -25,7 +27,6 @@ from pipeline.shard_format import (
     ShardEntry,
     columns_of,
     count_statuses,
-    is_shard,
     manifest_text,
     totals_of,
 )
@@ -35,7 +36,7 @@ from pipeline.storage import Store, atomic_directory, copy_file, write_atomicall
 
 Result = TypeVar("Result")
 
-PUBLISHED = ("*.h5", MANIFEST)  # names in a directory of shards
+PUBLISHED = ("*.h5", README, CROISSANT, MANIFEST)  # names in a directory of shards
 
 # The modules that decide what is in a shard: an edit to one of them makes stored shards invalid.
 CODE = ("pipeline.attack", "pipeline.runtime", "pipeline.shard_writer")
@@ -153,8 +154,8 @@ class SampleDataset:
             totals=totals_of(entries, self.attack.targets),
         )
 
-    def publish(self, directory: Path) -> Manifest:
-        """Gather the shards of this dataset into a directory, the manifest last; replaces what is there.
+    def publish(self, directory: Path, card: Card = NOTHING_STATED) -> Manifest:
+        """Gather the shards of this dataset into a directory, with its card, the manifest last; replaces what is there.
 
         Raises:
             ShardError: the store lacks a shard.
@@ -162,6 +163,7 @@ class SampleDataset:
         with atomic_directory(directory, *PUBLISHED) as temporary:
             entries = _side_by_side(partial(self._publish_one, temporary), self.blocks)
             manifest = self.manifest(entries)
+            write_card(temporary, manifest, card)
             write_atomically(temporary / MANIFEST, manifest_text(manifest))
         return manifest
 

@@ -32,6 +32,15 @@ def _known_network(name: str) -> str:
 NetworkName = Annotated[str, AfterValidator(_known_network)]
 
 
+def _printable_line(text: str) -> str:
+    if not text.strip() or not text.isprintable():  # line breaks are not printable
+        raise ValueError("expected one line of printable text (longer text in YAML: '>-'), or null")
+    return text.strip()
+
+
+Line = Annotated[str, AfterValidator(_printable_line)]
+
+
 class Section(BaseModel):
     """A group of parameters: strict types, no unknown keys, not to be changed."""
 
@@ -99,7 +108,17 @@ class Attack(Section):
     max_gradients: Annotated[int, Field(ge=1, le=1000)] = Field(description="per sample, for newton")
     rows_per_shard: Annotated[int, Field(ge=1, le=1_000_000)]
     embed_images: bool = Field(description="store the views, so that students need no prepared data")
-    compression: Literal["none", "lzf", "gzip"]
+    compression: Literal["none", "gzip"]
+
+
+class Card(Section):
+    """What the card of the published samples states; null where nothing is stated. No shard depends on it."""
+
+    title: Line | None = Field(description="by default, what it is in general")
+    licence: Line | None = Field(description="of the images: SPDX identifier, or words")
+    source: Line | None = Field(description="of the images: words or URL")
+    terms: Line | None = Field(description="of use, where there are more than the licence says")
+    url: Annotated[Line, Field(pattern=r"^https?://\S+$")] | None = Field(description="where the samples are published")
 
 
 class Method(Section):
@@ -153,6 +172,7 @@ class Params(Section):
     dataset: Dataset
     teacher: Teacher
     attack: Attack
+    card: Card
     students: Annotated[list[NetworkName], Field(min_length=1)] = Field(description="networks to train")
     methods: Annotated[list[Name], Field(min_length=1)] = Field(description="names from `method` to train them with")
     seeds: Count = Field(description="runs of each student and method")

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.shard_file import ShardFile
-from pipeline.shard_format import ShardEntry, attributes_of, check_shard, read_manifest
+from pipeline.byte_source import folder_at
+from pipeline.shard_check import check_layout, check_shard
+from pipeline.shard_file import ShardFile, open_shard
+from pipeline.shard_format import ShardEntry, attributes_of, read_manifest
 
 OPEN_FILES = 512  # at most, in each process; it costs milliseconds to open one
 BYTES_PER_READ = 1 << 15  # what can be read in the time that one more read takes
@@ -31,19 +33,22 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
     DataLoader.
 
     Args:
-        directory: where `manifest.json` and the shards are.
-        verify: check size, digest and layout of every shard first.
+        directory: where `manifest.json` and the shards are: a path, or a URL of any file system of fsspec, as
+            s3://bucket/folder or https://host/folder, of which only what is read is fetched.
+        verify: check size, digest, layout and values of every shard first; by default of a path. Of a URL, that the
+            columns are those of the manifest is checked when a shard is opened, and digests are not.
 
     Raises:
         ShardError: the dataset is missing, damaged or of an unknown version.
     """
 
-    def __init__(self, directory: Path | str, verify: bool = True) -> None:
-        self.directory = Path(directory)
-        self.manifest = read_manifest(self.directory)
-        if verify:
+    def __init__(self, directory: Path | str, verify: bool | None = None) -> None:
+        self.folder = folder_at(directory)
+        self.directory = str(self.folder)
+        self.manifest = read_manifest(self.folder)
+        if verify or (verify is None and not self.folder.is_remote):
             for shard in self.manifest.shards:
-                check_shard(self.directory, self.manifest, shard)
+                check_shard(self.folder, self.manifest, shard)
         self._shards = sorted(self.manifest.shards, key=lambda shard: (shard.view, shard.block))
         self._ends = np.cumsum([shard.rows for shard in self._shards])
         self._row_bytes = {
@@ -88,9 +93,11 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
             else:
                 array = np.concatenate([file.read(name, offset, offset + 1) for offset in offsets.tolist()])
             values[name] = torch.from_numpy(array)
-        if "image" in values:
-            values["samples"] = samples_of(values["image"][:, None], values["delta"], values["delta_scale"])
-        return values
+        return with_samples(values)
+
+    def rows_of(self, shard: ShardEntry) -> dict[str, Tensor]:
+        """All rows of one shard, by column, with their samples."""
+        return with_samples({n: torch.from_numpy(c) for n, c in self.read(shard, self.manifest.columns).items()})
 
     def shards_of_view(self, view: int) -> list[ShardEntry]:
         """The shards of a view, in order of their blocks."""
@@ -109,9 +116,17 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
                 self._files.pop(next(iter(self._files)))  # closed when no other thread reads it
             # Its attributes say whether the directory has been replaced by another dataset since it was checked.
             attributes = attributes_of(self.manifest.fingerprint, shard.view, shard.block)
-            file = ShardFile(self.directory / shard.name, self.manifest.columns, attributes)
+            file = open_shard(self.folder, shard.name, self.manifest.columns, attributes)
+            check_layout(file, self.manifest, shard)
         self._files[shard.name] = file
         return file
+
+
+def with_samples(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Columns of rows, and `samples`, where images are embedded."""
+    if "image" not in columns:
+        return columns
+    return columns | {"samples": samples_of(columns["image"][:, None], columns["delta"], columns["delta_scale"])}
 
 
 def samples_of(images: Tensor, delta: Tensor, scale: Tensor) -> Tensor:

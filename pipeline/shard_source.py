@@ -152,7 +152,10 @@ class ShardSource:
         parts = [self.shards.read(shard, self.columns) for shard in shards]
         columns = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in self.columns}
         if self.train is not None and "image" not in columns:
-            images = torch.from_numpy(self.train.images)[columns.pop("index")]
+            index = columns.pop("index")
+            if len(index) and int(index.max()) >= len(self.train.labels):
+                raise ShardError(f"{self.shards.directory}: column 'index' names images that the training data lacks")
+            images = torch.from_numpy(self.train.images)[index]
             padding = self.shards.manifest.augmentation.padding
             columns["image"] = apply_views(images, columns.pop("crop"), columns.pop("flip"), padding)
         return columns

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.shard_format import Manifest, check_shard, shard_name
+from pipeline.shard_check import check_shard
+from pipeline.shard_format import Manifest, shard_name
 from pipeline.storage import Store, copy_file
 
 

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from pipeline.shard_format import Column, attributes_of
 from pipeline.storage import written_hdf5
 
-# Of compressed columns, a few dozen images: small enough for single rows, large enough for whole shards. Others are one
-# chunk, so that readers find any rows without HDF5's index.
+# Of compressed columns: a few dozen images, small enough for single rows, large enough for whole shards. Others lie in
+# one piece, so that readers find any rows without HDF5.
 CHUNK_BYTES = 1 << 17
+COMPRESSED_FROM = 16  # bytes a row: of less, HDF5's index of chunks would take more than is saved
 
 
 def write_shard(
@@ -34,7 +35,7 @@ def write_shard(
         values: an array (rows, ...) for each column.
         columns: names, dtypes and row shapes that `values` must have.
         fingerprint, view, block: recorded as attributes.
-        compression: none, lzf or gzip.
+        compression: none or gzip.
 
     Raises:
         ValueError: the values do not fit the columns.
@@ -51,18 +52,14 @@ def write_shard(
             )
     with written_hdf5(path) as file:
         for name, value in attributes_of(fingerprint, view, block).items():
-            file.attrs[name] = value
+            file.attrs[name] = np.bytes_(value) if isinstance(value, str) else np.int64(value)  # of fixed size
         for name in columns:
             array = values[name]
-            per_chunk = rows if compression == "none" else min(rows, max(1, CHUNK_BYTES // array[0].nbytes))
-            file.create_dataset(
-                name,
-                data=array,
-                chunks=(per_chunk, *array.shape[1:]),
-                compression=None if compression == "none" else compression,
-                shuffle=compression != "none",
-                track_times=False,
-            )
+            stored: dict[str, Any] = {}
+            if compression == "gzip" and array[0].nbytes >= COMPRESSED_FROM:
+                chunk = (min(rows, max(1, CHUNK_BYTES // array[0].nbytes)), *array.shape[1:])
+                stored = {"chunks": chunk, "compression": "gzip", "shuffle": True}
+            file.create_dataset(name, data=array, track_times=False, **stored)
             # Else HDF5 writes a column when its last reference goes, which is a matter of chance (a profiler may hold
             # one), and the columns come to lie in another order.
             file.flush()

@@ -20,10 +20,10 @@ from pipeline.models import Architecture
 from pipeline.online_source import OnlineSource
 from pipeline.provenance import code_digest, fingerprint
 from pipeline.runtime import Processes, cpu_threads, search_batch, side_by_side
-from pipeline.shard_format import MANIFEST
+from pipeline.shard_format import manifest_digest
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
-from pipeline.storage import Store, file_digest
+from pipeline.storage import Store
 from pipeline.teacher import architecture_for, load_with_digest
 from pipeline.training import Fit, find_fit, fit, processes_of
 
@@ -103,7 +103,7 @@ class StudentRun:
             self.reads["distillation"] = distillation
         if self.method.source == "shards":
             shards = self._need(inputs.shards, "a sample dataset")
-            self.reads["shards"] = file_digest(shards.directory / MANIFEST)
+            self.reads["shards"] = manifest_digest(shards.manifest)
             manifest = shards.manifest
             self.architecture = Architecture(
                 student, len(manifest.class_names), manifest.image_shape, tuple(manifest.mean), tuple(manifest.std)

@@ -39,8 +39,8 @@ def main(
 ) -> None:
     """Search boundary-supporting samples for every view of every training image.
 
-    Writes HDF5 shards and manifest.json. Finished shards are kept in .work/shards: a run that was stopped goes on
-    where it was, and more views compute only what is new.
+    Writes HDF5 shards, their card (README.md, croissant.json) and manifest.json. Finished shards are kept in
+    .work/shards: a run that was stopped goes on where it was, and more views compute only what is new.
 
     Example: python -m stages.attack
     """
@@ -74,7 +74,7 @@ def main(
             with tqdm(total=views, desc=description, unit="view", unit_scale=True, disable=None) as bar:
                 for block in made:
                     bar.update(block.rows)
-        manifest = dataset.publish(out)
+        manifest = dataset.publish(out, params.card)
         if prune:
             say(f"removed {dataset.prune()} other shards from {WORK / 'shards'}")
     totals = manifest.totals

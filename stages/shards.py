@@ -1,26 +1,35 @@
-"""Command shards: check, describe and adopt sample datasets. Needs no torch."""
+"""Command shards: check, describe, adopt, merge, sample and export sample datasets. Needs no torch."""
 
 from __future__ import annotations
 
+import json
+import re
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import click
 import numpy as np
 
+from pipeline.shard_check import check_shard, find_problems
+from pipeline.shard_export import export_parquet
 from pipeline.shard_file import read_columns
-from pipeline.shard_format import Manifest, check_shard, find_problems, read_manifest
+from pipeline.shard_format import Manifest, read_manifest
+from pipeline.shard_merge import merge as merge_datasets
+from pipeline.shard_merge import sample as sample_rows
 from pipeline.shard_store import adopt as adopt_shards
 from pipeline.status import Status
 from pipeline.storage import Store, lock
 from stages.cli import EXIT_FAILED, PATH, WORK, errors_in_one_line, say
 
 QUANTILES = (0.05, 0.5, 0.95)
+LONGEST_FACT = 200  # characters
+FORMATS = {"parquet": export_parquet}
 
 
 @click.group()
 def main() -> None:
-    """Check, describe and adopt a directory of shards with its manifest."""
+    """Check, describe, adopt, merge, sample and export directories of shards with their manifest."""
 
 
 @main.command()
@@ -82,7 +91,15 @@ def _facts(directory: Path, manifest: Manifest) -> list[tuple[str, str]]:
     for name, values in (("probability margin", probability), ("distance (L2, pixels)", distance[converged])):
         text = ", ".join(f"{q:.0%} {np.quantile(values, q):.4f}" for q in QUANTILES) if len(values) else "no samples"
         facts.append((name, text))
+    made_from = [name for name in ("merged", "sample") if name in manifest.parameters]
+    facts += [(name, _short(json.dumps(manifest.parameters[name]))) for name in made_from]
     return [*facts, ("fingerprint", manifest.fingerprint[:16]), ("teacher sha256", manifest.digests.teacher[:16])]
+
+
+def _short(text: str) -> str:
+    """Text with the starts of digests, and cut."""
+    text = re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1", text)
+    return text if len(text) <= LONGEST_FACT else f"{text[:LONGEST_FACT]}..."
 
 
 @main.command()
@@ -99,6 +116,73 @@ def adopt(directory: Path) -> None:
     with lock(WORK / "shards.lock", say):
         new = adopt_shards(directory, manifest, Store(WORK / "shards"))
     click.echo(f"adopted {directory}: {new} shards are new in the store, {manifest.totals.shards - new} were there")
+
+
+@main.command()
+@click.argument("directories", type=PATH, nargs=-1, required=True, metavar="DIRECTORY...")
+@click.option("--out", type=PATH, required=True, help="Directory for the merged dataset.")
+@errors_in_one_line
+def merge(directories: tuple[Path, ...], out: Path) -> None:
+    """Put the views of two or more datasets into one.
+
+    They must be of the same teacher, data and parameters; attack.seed alone may differ, and should, so that the views
+    do. All shards are checked first. Writes shards, with views numbered in the order given, and manifest.json, whose
+    parameters list under `merged` where each view is from. A view that is there twice is taken once.
+
+    Example: python -m stages.shards merge data/bss from-ann --out data/merged
+    """
+    with _lock_of(out):
+        manifest = merge_datasets(directories, out)
+    totals = manifest.totals
+    click.echo(
+        f"wrote {out}: {manifest.views} views of {len(directories)} datasets, {totals.shards} shards, "
+        f"{totals.samples} samples, {totals.bytes / 1e6:.1f} MB"
+    )
+
+
+@main.command()
+@click.argument("directory", type=PATH)
+@click.option("-n", "rows", type=int, default=1000, show_default=True, help="Rows: a view of an image each.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
+@click.option("--out", type=PATH, required=True, help="Directory for the preview.")
+@errors_in_one_line
+def sample(directory: Path, rows: int, seed: int, out: Path) -> None:
+    """Draw rows at random, without replacement, as a preview.
+
+    Writes a small dataset of one view, with all columns and `index` as they were: shards and manifest.json, whose
+    parameters say under `sample` what it was drawn from.
+
+    Example: python -m stages.shards sample data/bss -n 1000 --out data/preview
+    """
+    with _lock_of(out):
+        manifest = sample_rows(directory, rows, seed, out)
+    totals = manifest.totals
+    click.echo(f"wrote {out}: {totals.rows} rows of {directory}, {totals.shards} shards, {totals.bytes / 1e6:.1f} MB")
+
+
+@main.command()
+@click.argument("directory", type=PATH)
+@click.option("--to", type=click.Choice([*FORMATS]), default="parquet", show_default=True, help="Format.")
+@click.option("--out", type=PATH, required=True, help="Directory for the files.")
+@errors_in_one_line
+def export(directory: Path, to: str, out: Path) -> None:
+    """Write a dataset in another format.
+
+    parquet: a file VIEW-BLOCK.parquet for each shard, with the same columns, dtypes and values, and `view`; arrays are
+    nested lists, whose shapes Hugging Face's `datasets` knows. Beside them, manifest.json as it is. Needs pyarrow:
+    pip install '.[parquet]'.
+
+    Example: python -m stages.shards export data/bss --to parquet --out data/parquet
+    """
+    with _lock_of(out):
+        manifest = FORMATS[to](directory, out)
+    size = sum(path.stat().st_size for path in out.glob("*.parquet"))
+    click.echo(f"wrote {out}: {manifest.totals.shards} files, {manifest.totals.rows} rows, {size / 1e6:.1f} MB")
+
+
+def _lock_of(out: Path) -> AbstractContextManager[None]:
+    """One process at a time may write a directory; the attack stage, which may take days, is not waited for."""
+    return lock(WORK / f"{out.resolve().name}-shards.lock", say)
 
 
 if __name__ == "__main__":

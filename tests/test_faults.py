@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from pipeline import storage, training
 from pipeline.provenance import ROOT
-from pipeline.shard_format import find_problems, read_manifest
+from pipeline.shard_check import find_problems
+from pipeline.shard_format import read_manifest
 from pipeline.weights import save_weights
 from tests.files import (
     change_manifest,

@@ -13,6 +13,7 @@ LAYERS = (
     {
         "preparation",
         "weights",
+        "card",
         "shard_store",
         "shard_writer",
         "shard_reader",
@@ -22,7 +23,7 @@ LAYERS = (
         "prediction",
         "cluster",
     },
-    {"attack", "teacher", "shard_source", "methods", "evaluation", "training"},
+    {"attack", "teacher", "shard_source", "shard_merge", "shard_export", "methods", "evaluation", "training"},
     {"attack_run", "online_source", "teacher_run"},
     {"student_run", "attack_worker", "attack_plan"},
     {"student_worker"},

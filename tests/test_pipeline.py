@@ -1,21 +1,16 @@
 """The whole pipeline through `dvc repro`, in a clone of its own, on a tiny configuration."""
 
-import hashlib
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
-from ruamel.yaml import YAML
 
-from pipeline.provenance import ROOT
+from tests.projects import change_params, digests, dvc, new_project, repro, run_in
 
 pytestmark = pytest.mark.pipeline
 
@@ -24,14 +19,7 @@ pytestmark = pytest.mark.pipeline
 def clone(tmp_path_factory):
     """A git repository with the project's files and tiny parameters, built once by `dvc repro`."""
     directory = tmp_path_factory.mktemp("clone") / "project"
-    directory.mkdir()
-    for name in ("pipeline", "stages", "data", ".dvc"):
-        ignore = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local", "prepared", "bss", "raw")
-        shutil.copytree(ROOT / name, directory / name, ignore=ignore)
-    (directory / "data/raw").mkdir()
-    for name in ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore"):
-        shutil.copy(ROOT / name, directory / name)
-    change_params(
+    new_project(
         directory,
         {
             "attack.views": 2,
@@ -42,55 +30,13 @@ def clone(tmp_path_factory):
             "training.epochs": 2,
         },
     )
-    subprocess.run(["git", "init", "-q"], cwd=directory, check=True)
-    subprocess.run(["git", "add", "."], cwd=directory, check=True)
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    subprocess.run(["git", *identity, "commit", "-qm", "start"], cwd=directory, check=True)
     repro(directory)
     return directory
 
 
-def change_params(directory, changes):
-    yaml = YAML()
-    path = directory / "params.yaml"
-    values = yaml.load(path)
-    for key, value in changes.items():
-        *parents, last = key.split(".")
-        section = values
-        for parent in parents:
-            section = section[parent]
-        section[last] = value
-    yaml.dump(values, path)
-
-
-def repro(directory, *arguments):
-    """What `dvc repro` prints."""
-    return dvc(directory, "repro", *arguments)
-
-
-def dvc(directory, *arguments, environment=None):
-    """What a DVC command prints that must end well; the running Python's commands come first on the path."""
-    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-    result = subprocess.run(
-        ["dvc", *arguments],
-        cwd=directory,
-        env=os.environ | {"PATH": path, "PYTHONPATH": str(directory)} | (environment or {}),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert result.returncode == 0, result.stdout
-    return result.stdout
-
-
 def experiment(directory, *arguments):
     """What `dvc exp run` prints."""
-    names = [f"GIT_{role}_{what}" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")]
-    return dvc(directory, "exp", "run", *arguments, environment=dict.fromkeys(names, "test@example.org"))
-
-
-def digests(directory):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.glob("*"))}
+    return dvc(directory, "exp", "run", *arguments)
 
 
 def edit(path, old, new):
@@ -200,12 +146,9 @@ def test_changed_images_are_noticed(clone):
 def test_a_bad_parameter_stops_the_run_and_keeps_what_is_published(clone):
     before = (clone / "dvc.lock").read_bytes()
     change_params(clone, {"attack.views": 0})
-    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-    result = subprocess.run(
-        ["dvc", "repro"], cwd=clone, env=os.environ | {"PATH": path}, text=True, capture_output=True
-    )
-    assert result.returncode != 0
-    assert "attack.views" in result.stdout + result.stderr
+    code, output = run_in(clone, ["dvc", "repro"])
+    assert code != 0
+    assert "attack.views" in output
     assert (clone / "dvc.lock").read_bytes() == before
     change_params(clone, {"attack.views": 2})
     assert "Running stage" not in repro(clone, "attack")

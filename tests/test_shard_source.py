@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -60,7 +61,7 @@ def shards_without_images(tmp_path_factory, train, teacher):
 def stored(shards):
     """All rows of all shards, column by column, read with h5py alone, and the view of each row."""
     columns = {}
-    for path in sorted(shards.directory.glob("*.h5")):
+    for path in sorted(Path(shards.directory).glob("*.h5")):
         with h5py.File(path) as file:
             for name in file:
                 columns.setdefault(name, []).append(file[name][:])

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 
 from pipeline.attack import Block
 from pipeline.errors import ParameterError, ShardError
+from pipeline.shard_check import find_problems
 from pipeline.shard_file import read_columns
-from pipeline.shard_format import columns_of, find_problems, read_manifest, shard_name
+from pipeline.shard_format import columns_of, read_manifest, shard_name
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_store import adopt
 from pipeline.shard_writer import write_shard
@@ -63,7 +64,7 @@ def random_columns(seed, rows, columns):
     classes=st.integers(2, 12),
     targets=st.integers(1, 3),
     embed_images=st.booleans(),
-    compression=st.sampled_from(["none", "lzf", "gzip"]),
+    compression=st.sampled_from(["none", "gzip"]),
 )
 def test_reading_after_writing_is_the_identity(seed, rows, channels, size, classes, targets, embed_images, compression):
     columns = columns_of((channels, *size), classes, targets, embed_images)
@@ -79,7 +80,8 @@ def test_reading_after_writing_is_the_identity(seed, rows, channels, size, class
             for name, column in columns.items():
                 assert file[name].dtype == np.dtype(column.dtype)
                 assert file[name][:].tobytes() == values[name].tobytes(), name
-            assert {name: file.attrs[name] for name in ATTRIBUTES} == ATTRIBUTES
+            attributes = {name: file.attrs[name] for name in ATTRIBUTES}
+            assert attributes == ATTRIBUTES | {"fingerprint": ATTRIBUTES["fingerprint"].encode()}
             assert file.attrs["format_version"] == 1
     assert read.keys() == columns.keys()
     assert read["index"].dtype == np.int64
@@ -288,7 +290,7 @@ def test_more_views_make_only_the_new_ones(copy, train):
     assert [(block.view, block.number) for block in make_missing(dataset, copy)] == [(2, 0), (2, 1), (2, 2)]
     dataset.publish(copy / "bss")
     after = published(copy)
-    assert len(after) == 10
+    assert len(after) == 12
     assert {name: after[name] for name in before if name.endswith(".h5")} == {
         name: content for name, content in before.items() if name.endswith(".h5")
     }
@@ -299,7 +301,10 @@ def test_fewer_views_make_nothing_and_publish_fewer(copy, train):
     assert make_missing(dataset, copy) == []
     (copy / "bss/left-over.h5").write_bytes(b"stale")
     dataset.publish(copy / "bss")
-    assert sorted(published(copy)) == ["manifest.json", *(shard_name(0, block) for block in range(3))]
+    assert sorted(published(copy)) == [
+        *("README.md", "croissant.json", "manifest.json"),
+        *(shard_name(0, block) for block in range(3)),
+    ]
     assert find_problems(copy / "bss", read_manifest(copy / "bss")) == []
 
 
@@ -330,7 +335,7 @@ CHANGES = {
     "attack.max_gradients": 5,
     "attack.rows_per_shard": 25,
     "attack.embed_images": False,
-    "attack.compression": "lzf",
+    "attack.compression": "gzip",
     "dataset.padding": 2,
     "dataset.flip": False,
 }
@@ -448,7 +453,7 @@ def test_a_missing_manifest_is_named(tmp_path):
     assert "cannot be read (No such file or directory)" in manifest_refusal(tmp_path)
 
 
-NO_JSON = {"empty": b"", "cut": b"{", "binary": b"\xff\xfe", "deep": b"[" * 100_000}
+NO_JSON = {"empty": b"", "cut": b"{", "binary": b"\xff\xfe", "deep": b"[" * 1000}
 
 
 @pytest.mark.parametrize("case", NO_JSON)
@@ -558,11 +563,11 @@ CRAFTED = {
     ),
     "byte order": (
         swap("label", lambda file, path: file.create_dataset("label", data=np.zeros(24, ">i8"))),
-        r"column 'label' is >i8 (24,), expected int64 (24,)",
+        "column 'label' holds >i8 in an unusual form",
     ),
     "object dtype": (
         swap("label", lambda file, path: file.create_dataset("label", data=["x"] * 24)),
-        r"column 'label' is object (24,)",
+        "column 'label' does not hold plain numbers",
     ),
     "shape": (
         swap("label", lambda file, path: file.create_dataset("label", data=np.zeros((24, 2), np.int64))),
@@ -570,16 +575,16 @@ CRAFTED = {
     ),
     "extra column": (
         swap("extra", lambda file, path: file.create_dataset("extra", data=np.zeros(3))),
-        "columns are not the manifest's: extra",
+        "columns are not the manifest's: 'extra'",
     ),
-    "missing column": (swap("label", lambda file, path: None), "columns are not the manifest's: label"),
+    "missing column": (swap("label", lambda file, path: None), "columns are not the manifest's: 'label'"),
     "attribute": (
         swap("x", lambda file, path: file.attrs.__setitem__("view", 0)),
-        "attribute 'view' is np.int64(0), expected 1",
+        "is another shard than it was ('view' is 0, expected 1)",
     ),
     "array as attribute": (
         swap("x", lambda file, path: file.attrs.__setitem__("view", np.ones(3))),
-        "not a readable shard",
+        "is another shard than it was ('view' is None, expected 1)",
     ),
     "no HDF5": (lambda path: path.write_bytes(b"text" * 500), "not a readable shard"),
 }
@@ -711,7 +716,7 @@ def test_shards_without_images_have_all_other_columns_alike(tmp_path, made, colu
         assert np.array_equal(value, columns[name][0, 30]), name
 
 
-@pytest.mark.parametrize("compression", ["lzf", "gzip"])
+@pytest.mark.parametrize("compression", ["gzip"])
 def test_compression_changes_the_file_and_not_the_values(tmp_path, made, columns, train, compression):
     shutil.copy(made / "teacher.safetensors", tmp_path)
     dataset = dataset_in(tmp_path, train, {"attack.compression": compression, "attack.views": 1})

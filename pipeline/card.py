@@ -1,0 +1,408 @@
+"""The card of a published sample dataset: README.md for people and hubs, croissant.json for machines.
+
+Both follow from the dataset and from what its maker states of the images, so that the same dataset has the same
+bytes: no clock, no host, no versions of software. Everything here works without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import Card
+from pipeline.shard_file import read_columns
+from pipeline.shard_format import MANIFEST, Manifest, ShardEntry, attributes_of, columns_of, manifest_text
+from pipeline.status import Status
+from pipeline.storage import write_atomically
+
+README = "README.md"
+CROISSANT = "croissant.json"
+HDF5 = "application/x-hdf5"
+
+NOTHING_STATED = Card(title=None, licence=None, source=None, terms=None, url=None)
+TITLE = "Boundary-supporting samples"
+TAGS = ["knowledge-distillation", "decision-boundary", "adversarial-examples", "hdf5"]
+# Parameters of a dataset that was made from finished ones.
+AFTERWARDS = {
+    "merged": " The views of several datasets, listed under `merged`, were then put together.",
+    "sample": " It is a preview: `sample` says how many rows of a whole dataset, and which one.",
+}
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
+
+# SPDX identifiers that the Hugging Face hub takes, in lower case; it refuses a card that names another as `license`.
+HUB_LICENCES = {
+    *("cc0-1.0", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nd-4.0"),
+    *("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"),
+    *("cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cdla-permissive-1.0", "cdla-permissive-2.0"),
+    *("cdla-sharing-1.0", "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-2.0", "gpl-3.0", "unlicense"),
+}
+
+LINK = re.compile(r"(https?://[^\s<>|`]*[^\s<>|`.,;:!?)'\"])")
+# What Markdown would read as markup: not an underscore within a word, nor an ampersand that begins no entity.
+MARKUP = re.compile(r"[\\`*\[\]<>|$~#]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
+
+CITATION = """@inproceedings{heo2019knowledge,
+  title     = {Knowledge Distillation with Adversarial Samples Supporting Decision Boundary},
+  author    = {Heo, Byeongho and Lee, Minsik and Yun, Sangdoo and Choi, Jin Young},
+  booktitle = {AAAI Conference on Artificial Intelligence},
+  year      = {2019}
+}"""
+
+
+class Spread(NamedTuple):
+    """Quantiles over the converged samples, one for each of QUANTILES."""
+
+    probability_margin: list[float]
+    distance: list[float]
+
+
+def write_card(directory: Path, manifest: Manifest, card: Card = NOTHING_STATED) -> None:
+    """Write README.md and croissant.json into a directory of shards; call it before the manifest is written there.
+
+    Args:
+        directory: where the shards are; three small columns of each are read, one shard at a time.
+        manifest: of these shards; croissant.json holds the digest of its text.
+        card: what is stated of the images.
+
+    Raises:
+        ShardError: a shard is missing, unreadable or another one.
+        StoreError: a file cannot be written.
+    """
+    write_atomically(directory / README, readme_text(manifest, card, spread_of(directory, manifest)))
+    write_atomically(directory / CROISSANT, croissant_text(manifest, card))
+
+
+def spread_of(directory: Path, manifest: Manifest) -> Spread | None:
+    """Quantiles of probability margin tanh(|m| / 2) and of L2 distance over converged samples; None if there are none.
+
+    Keeps 8 bytes of every converged sample in memory.
+
+    Raises:
+        ShardError: a shard is missing, unreadable or another one.
+    """
+    found = [_converged(directory, manifest, shard) for shard in _shards(manifest)]
+    margin, distance = (np.concatenate(values).astype(np.float64) for values in zip(*found, strict=True))
+    if not len(margin):
+        return None
+    probability_margin = np.tanh(np.abs(margin) / 2)
+    return Spread(np.quantile(probability_margin, QUANTILES).tolist(), np.quantile(distance, QUANTILES).tolist())
+
+
+def _converged(directory: Path, manifest: Manifest, shard: ShardEntry) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Margin and distance of the converged samples of a shard, (n,) each."""
+    attributes = attributes_of(manifest.fingerprint, shard.view, shard.block)
+    columns = read_columns(directory / shard.name, ("status", "margin", "distance"), attributes)
+    converged = columns["status"] == Status.CONVERGED
+    return columns["margin"][converged], columns["distance"][converged]
+
+
+def readme_text(manifest: Manifest, card: Card, spread: Spread | None) -> str:
+    """The card for people: Markdown, under metadata as the Hugging Face hub reads them.
+
+    Args:
+        manifest: of the dataset.
+        card: what is stated of the images; it may hold any characters, none of them becomes markup.
+        spread: of the converged samples, None if there are none.
+    """
+    sections = (
+        _front_matter(manifest, card),
+        f"# {_escaped(card.title or TITLE)}",
+        _summary(manifest),
+        _origin(manifest),
+        _columns(manifest),
+        _counts(manifest),
+        _quantiles(spread),
+        _usage(manifest),
+        _rights(card),
+        _limits(manifest),
+        f"## Citation\n\nThe method is from\n\n```bibtex\n{CITATION}\n```",
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(manifest: Manifest, card: Card) -> str:
+    values = {
+        "pretty_name": card.title or TITLE,
+        **_hub_licence(card.licence),
+        "task_categories": ["image-classification"],
+        "tags": TAGS,
+        "size_categories": [SIZES[min(max(len(str(manifest.totals.rows)) - 3, 0), len(SIZES) - 1)]],
+    }
+    # A JSON value in one line is also a YAML value, whatever characters it holds.
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    return "\n".join(("---", *lines, "---"))
+
+
+def _hub_licence(licence: str | None) -> dict[str, str]:
+    if licence is None:
+        return {"license": "unknown"}
+    if licence.lower() in HUB_LICENCES:
+        return {"license": licence.lower()}
+    return {"license": "other", "license_name": licence}
+
+
+def _summary(manifest: Manifest) -> str:
+    """Two sentences, in plain text."""
+    views = "an augmented view" if manifest.views == 1 else f"{manifest.views} augmented views"
+    classes = "another class" if manifest.targets == 1 else f"{manifest.targets} other classes"
+    return (
+        f"For {views} of each of {manifest.rows:,} training images: samples close by, at the decision "
+        f"boundary of one trained classifier (the teacher) to {classes}, and the teacher's logits on view and sample. "
+        "Students can be distilled from it without the teacher, by the method of Heo et al. (2019)."
+    )
+
+
+def _origin(manifest: Manifest) -> str:
+    facts = [
+        ("views", str(manifest.views)),
+        ("sha256 of the teacher's weights file", f"`{manifest.digests.teacher}`"),
+        ("content digest of the training split", f"`{manifest.digests.train}`"),
+        ("fingerprint of parameters, inputs and code", f"`{manifest.fingerprint}`"),
+        ("format version", str(manifest.format_version)),
+    ]
+    afterwards = "".join(text for name, text in AFTERWARDS.items() if name in manifest.parameters)
+    return f"""## How it was made
+
+By `python -m stages.attack` of the project boundary-distillation, from these parameters and inputs.{afterwards}
+
+```json
+{json.dumps(manifest.parameters, indent=2, sort_keys=True)}
+```
+
+{_table(("", ""), facts)}"""
+
+
+def _columns(manifest: Manifest) -> str:
+    height, width = manifest.image_shape[1:]
+    rows = [
+        (f"`{name}`", c.dtype, "scalar" if not c.shape else " x ".join(map(str, c.shape)), _escaped(c.meaning))
+        for name, c in _ordered_columns(manifest)
+    ]
+    return f"""## Columns
+
+A file `view-<view>-block-<block>.h5` has a block of training images under one view, one row each, as HDF5 datasets.
+Images are channels first, {height} high and {width} wide; the names of classes are in `{MANIFEST}`.
+
+{_table(("column", "dtype", "shape of a row", "meaning"), rows)}"""
+
+
+def _counts(manifest: Manifest) -> str:
+    totals = manifest.totals
+    counts = [
+        ("training images", manifest.rows),
+        ("classes", len(manifest.class_names)),
+        ("views of each image", manifest.views),
+        ("rows: views of all images", totals.rows),
+        ("target classes of each view", manifest.targets),
+        ("samples", totals.samples),
+        ("shards", totals.shards),
+        ("bytes of all shards", totals.bytes),
+    ]
+    statuses = [
+        (f"`{name}`", f"{count:,}", f"{count / totals.samples:.2%}")
+        for name, count in ((s.name.lower(), totals.statuses.get(s.name.lower(), 0)) for s in Status)
+    ]
+    return f"""## Counts
+
+{_table(("", ""), [(name, f"{count:,}") for name, count in counts])}
+
+{_table(("status", "samples", "share"), statuses)}"""
+
+
+def _quantiles(spread: Spread | None) -> str:
+    if spread is None:
+        return "## Converged samples\n\nNo sample converged."
+    rows = [
+        (name, *(f"{value:.3g}" for value in values))
+        for name, values in (
+            ("probability margin tanh(abs(m) / 2)", spread.probability_margin),
+            ("distance, L2, pixels in [0, 1]", spread.distance),
+        )
+    ]
+    return f"""## Converged samples
+
+Quantiles; m is the logit of the base class minus that of the target class, at the stored sample.
+
+{_table(("", *(f"{q:.0%}" for q in QUANTILES)), rows)}"""
+
+
+def _usage(manifest: Manifest) -> str:
+    embedded = "image" in manifest.columns
+    sample = '\n    sample = shard["image"][:][done] / 255 + perturbation' if embedded else ""
+    more = ", and the samples" if embedded else ": `index`, `crop` and `flip` say which view of which image it is"
+    return f"""## How to use it
+
+Check it, with DIR for this folder: sizes, digests and layout of all files.
+
+```bash
+python -m stages.shards verify DIR
+```
+
+Read it with the project's code:
+
+```python
+from pipeline.shard_reader import BoundaryShards
+shards = BoundaryShards(".")  # this folder; all files are checked first
+row = shards[0]  # tensors by column{more}
+```
+
+Or with nothing but h5py:
+
+```python
+import h5py
+
+with h5py.File("{_shards(manifest)[0].name}") as shard:
+    done = shard["status"][:, 0] == 0  # converged, first target class
+    scale = shard["delta_scale"][:, 0][done]
+    perturbation = shard["delta"][:, 0][done] * scale[:, None, None, None]{sample}
+    base, target = shard["label"][:][done], shard["target"][:, 0][done]
+    teacher_logits = shard["boundary_logits"][:, 0][done]
+```"""
+
+
+def _rights(card: Card) -> str:
+    stated = (
+        ("Licence of the images", card.licence),
+        ("Source of the images", card.source),
+        ("Terms of use", card.terms),
+        ("Published at", card.url),
+    )
+    lines = [f"- {name}: {'not stated' if text is None else _escaped(text)}" for name, text in stated]
+    note = "As the maker of this dataset states them; nothing here was checked."
+    return f"## Licence, source and terms\n\n{note}\n\n" + "\n".join(lines)
+
+
+def _limits(manifest: Manifest) -> str:
+    if "image" in manifest.columns:
+        images = "The training images are inside, as views: whoever may not pass them on may not pass on this dataset."
+    else:
+        images = "The training images are not inside: without them, samples cannot be put together."
+    limits = (
+        "Samples are no natural images: each is a training image and a perturbation that a search has found. Pixels "
+        "are not clipped and can be a little outside [0, 1].",
+        "They belong to one teacher, by its weights: the boundary of any other network is elsewhere.",
+        "A converged sample is near the boundary, not on it: its probability margin is at most `attack.tolerance`. "
+        "Samples of another status are not for training.",
+        "Distances are those that one search has found: the boundary can be nearer.",
+        images,
+        "Errors and biases of the images, of their labels and of the teacher are in the samples, too.",
+    )
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+def croissant_text(manifest: Manifest, card: Card) -> str:
+    """The card for machines: JSON-LD in the Croissant format 1.1 of MLCommons.
+
+    Every file has its sha256. Croissant has no word yet for a dataset in an HDF5 file: each field names it as the
+    column of a table, which tells people and validators where it is, but tools cannot read rows by it.
+    """
+    stated = (("Source of the images", card.source), ("Terms of use", card.terms))
+    description = [_summary(manifest), *(f"{name}: {text}" for name, text in stated if text is not None)]
+    text = manifest_text(manifest).encode()
+    files = [
+        _file(MANIFEST, "application/json", len(text), hashlib.sha256(text).hexdigest()),
+        *(_file(shard.name, HDF5, shard.bytes, shard.sha256) for shard in _shards(manifest)),
+        {"@type": "cr:FileSet", "@id": "shards", "name": "shards", "encodingFormat": HDF5, "includes": "view-*.h5"},
+    ]
+    rows = {
+        "@type": "cr:RecordSet",
+        "@id": "rows",
+        "name": "rows",
+        "description": f"{manifest.totals.rows} rows, a view of a training image each: the datasets of all shards.",
+        "field": [
+            {
+                "@type": "cr:Field",
+                "@id": f"rows/{name}",
+                "name": name,
+                "description": column.meaning,
+                # int16 is cr:Int16, uint8 is cr:UInt8
+                "dataType": "cr:" + column.dtype.title().replace("Uint", "UInt"),
+                "source": {"fileSet": {"@id": "shards"}, "extract": {"column": name}},
+                **({"isArray": True, "arrayShape": ",".join(map(str, column.shape))} if column.shape else {}),
+            }
+            for name, column in _ordered_columns(manifest)
+        ],
+    }
+    dataset = {
+        "@context": _context(),
+        "@type": "sc:Dataset",
+        "conformsTo": "http://mlcommons.org/croissant/1.1",
+        "name": card.title or TITLE,
+        "description": " ".join(description),
+        "version": f"{manifest.format_version}.{manifest.views}.0",  # more views add samples and change none
+        "license": card.licence,
+        "url": card.url,
+        "citeAs": CITATION,
+        "keywords": TAGS,
+        "distribution": files,
+        "recordSet": [rows],
+    }
+    values = {key: value for key, value in dataset.items() if value is not None}
+    return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+
+def _file(name: str, encoding: str, size: int, sha256: str) -> dict[str, str]:
+    return {
+        "@type": "cr:FileObject",
+        "@id": name,
+        "name": name,
+        "contentUrl": name,
+        "contentSize": f"{size} B",
+        "encodingFormat": encoding,
+        "sha256": sha256,
+    }
+
+
+def _context() -> dict[str, Any]:
+    """The JSON-LD context of Croissant 1.1, as its specification has it."""
+    own = (
+        *("arrayShape", "citeAs", "column", "containedIn", "equivalentProperty", "extract", "field", "fileObject"),
+        *("fileProperty", "fileSet", "format", "includes", "isArray", "isLiveDataset", "jsonPath", "key", "md5"),
+        *("parentField", "path", "recordSet", "references", "regex", "repeated", "replace", "samplingRate"),
+        *("separator", "source", "subField", "transform"),
+    )
+    return {
+        "@language": "en",
+        "@vocab": "https://schema.org/",
+        "sc": "https://schema.org/",
+        "cr": "http://mlcommons.org/croissant/",
+        "rai": "http://mlcommons.org/croissant/RAI/",
+        "dct": "http://purl.org/dc/terms/",
+        "conformsTo": "dct:conformsTo",
+        "data": {"@id": "cr:data", "@type": "@json"},
+        "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+        "description": {"@container": "@language"},
+        "examples": {"@id": "cr:examples", "@type": "@json"},
+        "name": {"@container": "@language"},
+        **{name: f"cr:{name}" for name in own},
+    }
+
+
+def _ordered_columns(manifest: Manifest) -> list[tuple[str, Any]]:
+    """The manifest's columns in the order of the format: a manifest that was read has them by name."""
+    order = columns_of(
+        manifest.image_shape, len(manifest.class_names), manifest.targets, embed_images="image" in manifest.columns
+    )
+    return [(name, manifest.columns[name]) for name in order]
+
+
+def _shards(manifest: Manifest) -> list[ShardEntry]:
+    return sorted(manifest.shards, key=lambda shard: (shard.view, shard.block))
+
+
+def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+    """A Markdown table; cells hold no line breaks and no bars."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+
+
+def _escaped(text: str) -> str:
+    """A line of text as Markdown that shows just this text, URLs as links."""
+    parts = LINK.split(" ".join(text.split()))
+    return "".join(f"<{part}>" if n % 2 else MARKUP.sub(r"\\\g<0>", part) for n, part in enumerate(parts))
