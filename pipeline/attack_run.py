@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.attack import Block, Search
-from pipeline.card import CROISSANT, NOTHING_STATED, README, write_card
+from pipeline.card import NOTHING_STATED, PUBLISHED, write_card
 from pipeline.config import Attack, Card, Dataset
 from pipeline.data import Prepared
 from pipeline.errors import ParameterError, ShardError
@@ -35,8 +35,6 @@ from pipeline.shard_writer import write_shard
 from pipeline.storage import Store, atomic_directory, copy_file, write_atomically
 
 Result = TypeVar("Result")
-
-PUBLISHED = ("*.h5", README, CROISSANT, MANIFEST)  # names in a directory of shards
 
 # The modules that decide what is in a shard: an edit to one of them makes stored shards invalid.
 CODE = ("pipeline.attack", "pipeline.runtime", "pipeline.shard_writer")

@@ -6,24 +6,21 @@ bytes: no clock, no host, no versions of software. Everything here works without
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from pipeline.config import Card
-from pipeline.shard_file import read_columns
-from pipeline.shard_format import MANIFEST, Manifest, ShardEntry, attributes_of, columns_of, manifest_text
+from pipeline.croissant import croissant_text
+from pipeline.shard_format import MANIFEST, Manifest, columns_in_order, shards_in_order
+from pipeline.spread import Spread, spread_of
 from pipeline.status import Status
 from pipeline.storage import write_atomically
 
 README = "README.md"
 CROISSANT = "croissant.json"
-HDF5 = "application/x-hdf5"
+PUBLISHED = ("*.h5", README, CROISSANT, MANIFEST)  # names in a directory of shards
 
 NOTHING_STATED = Card(title=None, licence=None, source=None, terms=None, url=None)
 TITLE = "Boundary-supporting samples"
@@ -56,13 +53,6 @@ CITATION = """@inproceedings{heo2019knowledge,
 }"""
 
 
-class Spread(NamedTuple):
-    """Quantiles over the converged samples, one for each of QUANTILES."""
-
-    probability_margin: list[float]
-    distance: list[float]
-
-
 def write_card(directory: Path, manifest: Manifest, card: Card = NOTHING_STATED) -> None:
     """Write README.md and croissant.json into a directory of shards; call it before the manifest is written there.
 
@@ -75,32 +65,8 @@ def write_card(directory: Path, manifest: Manifest, card: Card = NOTHING_STATED)
         ShardError: a shard is missing, unreadable or another one.
         StoreError: a file cannot be written.
     """
-    write_atomically(directory / README, readme_text(manifest, card, spread_of(directory, manifest)))
-    write_atomically(directory / CROISSANT, croissant_text(manifest, card))
-
-
-def spread_of(directory: Path, manifest: Manifest) -> Spread | None:
-    """Quantiles of probability margin tanh(|m| / 2) and of L2 distance over converged samples; None if there are none.
-
-    Keeps 8 bytes of every converged sample in memory.
-
-    Raises:
-        ShardError: a shard is missing, unreadable or another one.
-    """
-    found = [_converged(directory, manifest, shard) for shard in _shards(manifest)]
-    margin, distance = (np.concatenate(values).astype(np.float64) for values in zip(*found, strict=True))
-    if not len(margin):
-        return None
-    probability_margin = np.tanh(np.abs(margin) / 2)
-    return Spread(np.quantile(probability_margin, QUANTILES).tolist(), np.quantile(distance, QUANTILES).tolist())
-
-
-def _converged(directory: Path, manifest: Manifest, shard: ShardEntry) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Margin and distance of the converged samples of a shard, (n,) each."""
-    attributes = attributes_of(manifest.fingerprint, shard.view, shard.block)
-    columns = read_columns(directory / shard.name, ("status", "margin", "distance"), attributes)
-    converged = columns["status"] == Status.CONVERGED
-    return columns["margin"][converged], columns["distance"][converged]
+    write_atomically(directory / README, readme_text(manifest, card, spread_of(directory, manifest, QUANTILES)))
+    write_atomically(directory / CROISSANT, croissant_card(manifest, card))
 
 
 def readme_text(manifest: Manifest, card: Card, spread: Spread | None) -> str:
@@ -150,24 +116,29 @@ def _hub_licence(licence: str | None) -> dict[str, str]:
 
 def _summary(manifest: Manifest) -> str:
     """Two sentences, in plain text."""
-    views = "an augmented view" if manifest.views == 1 else f"{manifest.views} augmented views"
+    if manifest.is_sample:
+        views = "a view" if manifest.rows == 1 else f"{manifest.rows:,} views"
+        subject = f"{views} of training images, drawn at random from a larger dataset"
+    else:
+        views = "an augmented view" if manifest.views == 1 else f"{manifest.views} augmented views"
+        subject = f"{views} of each of {manifest.rows:,} training images"
     classes = "another class" if manifest.targets == 1 else f"{manifest.targets} other classes"
     return (
-        f"For {views} of each of {manifest.rows:,} training images: samples close by, at the decision "
-        f"boundary of one trained classifier (the teacher) to {classes}, and the teacher's logits on view and sample. "
+        f"For {subject}: samples close by, at the decision boundary of one trained classifier (the teacher) to "
+        f"{classes}, and the teacher's logits on view and sample. "
         "Students can be distilled from it without the teacher, by the method of Heo et al. (2019)."
     )
 
 
 def _origin(manifest: Manifest) -> str:
     facts = [
-        ("views", str(manifest.views)),
+        *([] if manifest.is_sample else [("views", str(manifest.views))]),
         ("sha256 of the teacher's weights file", f"`{manifest.digests.teacher}`"),
         ("content digest of the training split", f"`{manifest.digests.train}`"),
         ("fingerprint of parameters, inputs and code", f"`{manifest.fingerprint}`"),
         ("format version", str(manifest.format_version)),
     ]
-    afterwards = "".join(text for name, text in AFTERWARDS.items() if name in manifest.parameters)
+    afterwards = "".join(text for name, text in AFTERWARDS.items() if manifest.parameters.get(name) is not None)
     return f"""## How it was made
 
 By `python -m stages.attack` of the project boundary-distillation, from these parameters and inputs.{afterwards}
@@ -183,11 +154,12 @@ def _columns(manifest: Manifest) -> str:
     height, width = manifest.image_shape[1:]
     rows = [
         (f"`{name}`", c.dtype, "scalar" if not c.shape else " x ".join(map(str, c.shape)), _escaped(c.meaning))
-        for name, c in _ordered_columns(manifest)
+        for name, c in columns_in_order(manifest).items()
     ]
+    content = "drawn rows" if manifest.is_sample else "training images under one view, one row each"
     return f"""## Columns
 
-A file `view-<view>-block-<block>.h5` has a block of training images under one view, one row each, as HDF5 datasets.
+A file `view-<view>-block-<block>.h5` has a block of {content}, as HDF5 datasets.
 Images are channels first, {height} high and {width} wide; the names of classes are in `{MANIFEST}`.
 
 {_table(("column", "dtype", "shape of a row", "meaning"), rows)}"""
@@ -195,23 +167,27 @@ Images are channels first, {height} high and {width} wide; the names of classes 
 
 def _counts(manifest: Manifest) -> str:
     totals = manifest.totals
-    counts = [
-        ("training images", manifest.rows),
-        ("classes", len(manifest.class_names)),
-        ("views of each image", manifest.views),
-        ("rows: views of all images", totals.rows),
-        ("target classes of each view", manifest.targets),
-        ("samples", totals.samples),
-        ("shards", totals.shards),
-        ("bytes of all shards", totals.bytes),
-    ]
+    counts = {
+        "training images": manifest.rows,
+        "classes": len(manifest.class_names),
+        "views of each image": manifest.views,
+        "rows: views of all images": totals.rows,
+        "rows: drawn views": totals.rows,
+        "target classes of each view": manifest.targets,
+        "samples": totals.samples,
+        "shards": totals.shards,
+        "bytes of all shards": totals.bytes,
+    }
+    of_whole = ("training images", "views of each image", "rows: views of all images")
+    for name in of_whole if manifest.is_sample else ("rows: drawn views",):
+        del counts[name]
     statuses = [
         (f"`{name}`", f"{count:,}", f"{count / totals.samples:.2%}")
         for name, count in ((s.name.lower(), totals.statuses.get(s.name.lower(), 0)) for s in Status)
     ]
     return f"""## Counts
 
-{_table(("", ""), [(name, f"{count:,}") for name, count in counts])}
+{_table(("", ""), [(name, f"{count:,}") for name, count in counts.items()])}
 
 {_table(("status", "samples", "share"), statuses)}"""
 
@@ -258,7 +234,7 @@ Or with nothing but h5py:
 ```python
 import h5py
 
-with h5py.File("{_shards(manifest)[0].name}") as shard:
+with h5py.File("{shards_in_order(manifest)[0].name}") as shard:
     done = shard["status"][:, 0] == 0  # converged, first target class
     scale = shard["delta_scale"][:, 0][done]
     perturbation = shard["delta"][:, 0][done] * scale[:, None, None, None]{sample}
@@ -297,104 +273,18 @@ def _limits(manifest: Manifest) -> str:
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
-def croissant_text(manifest: Manifest, card: Card) -> str:
-    """The card for machines: JSON-LD in the Croissant format 1.1 of MLCommons.
-
-    Every file has its sha256. Croissant has no word yet for a dataset in an HDF5 file: each field names it as the
-    column of a table, which tells people and validators where it is, but tools cannot read rows by it.
-    """
+def croissant_card(manifest: Manifest, card: Card) -> str:
+    """The card for machines, in the Croissant format."""
     stated = (("Source of the images", card.source), ("Terms of use", card.terms))
-    description = [_summary(manifest), *(f"{name}: {text}" for name, text in stated if text is not None)]
-    text = manifest_text(manifest).encode()
-    files = [
-        _file(MANIFEST, "application/json", len(text), hashlib.sha256(text).hexdigest()),
-        *(_file(shard.name, HDF5, shard.bytes, shard.sha256) for shard in _shards(manifest)),
-        {"@type": "cr:FileSet", "@id": "shards", "name": "shards", "encodingFormat": HDF5, "includes": "view-*.h5"},
-    ]
-    rows = {
-        "@type": "cr:RecordSet",
-        "@id": "rows",
-        "name": "rows",
-        "description": f"{manifest.totals.rows} rows, a view of a training image each: the datasets of all shards.",
-        "field": [
-            {
-                "@type": "cr:Field",
-                "@id": f"rows/{name}",
-                "name": name,
-                "description": column.meaning,
-                # int16 is cr:Int16, uint8 is cr:UInt8
-                "dataType": "cr:" + column.dtype.title().replace("Uint", "UInt"),
-                "source": {"fileSet": {"@id": "shards"}, "extract": {"column": name}},
-                **({"isArray": True, "arrayShape": ",".join(map(str, column.shape))} if column.shape else {}),
-            }
-            for name, column in _ordered_columns(manifest)
-        ],
-    }
-    dataset = {
-        "@context": _context(),
-        "@type": "sc:Dataset",
-        "conformsTo": "http://mlcommons.org/croissant/1.1",
-        "name": card.title or TITLE,
-        "description": " ".join(description),
-        "version": f"{manifest.format_version}.{manifest.views}.0",  # more views add samples and change none
-        "license": card.licence,
-        "url": card.url,
-        "citeAs": CITATION,
-        "keywords": TAGS,
-        "distribution": files,
-        "recordSet": [rows],
-    }
-    values = {key: value for key, value in dataset.items() if value is not None}
-    return json.dumps(values, indent=1, allow_nan=False) + "\n"
-
-
-def _file(name: str, encoding: str, size: int, sha256: str) -> dict[str, str]:
-    return {
-        "@type": "cr:FileObject",
-        "@id": name,
-        "name": name,
-        "contentUrl": name,
-        "contentSize": f"{size} B",
-        "encodingFormat": encoding,
-        "sha256": sha256,
-    }
-
-
-def _context() -> dict[str, Any]:
-    """The JSON-LD context of Croissant 1.1, as its specification has it."""
-    own = (
-        *("arrayShape", "citeAs", "column", "containedIn", "equivalentProperty", "extract", "field", "fileObject"),
-        *("fileProperty", "fileSet", "format", "includes", "isArray", "isLiveDataset", "jsonPath", "key", "md5"),
-        *("parentField", "path", "recordSet", "references", "regex", "repeated", "replace", "samplingRate"),
-        *("separator", "source", "subField", "transform"),
+    return croissant_text(
+        manifest,
+        name=card.title or TITLE,
+        description=" ".join([_summary(manifest), *(f"{name}: {text}" for name, text in stated if text is not None)]),
+        keywords=TAGS,
+        citation=CITATION,
+        licence=card.licence,
+        url=card.url,
     )
-    return {
-        "@language": "en",
-        "@vocab": "https://schema.org/",
-        "sc": "https://schema.org/",
-        "cr": "http://mlcommons.org/croissant/",
-        "rai": "http://mlcommons.org/croissant/RAI/",
-        "dct": "http://purl.org/dc/terms/",
-        "conformsTo": "dct:conformsTo",
-        "data": {"@id": "cr:data", "@type": "@json"},
-        "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
-        "description": {"@container": "@language"},
-        "examples": {"@id": "cr:examples", "@type": "@json"},
-        "name": {"@container": "@language"},
-        **{name: f"cr:{name}" for name in own},
-    }
-
-
-def _ordered_columns(manifest: Manifest) -> list[tuple[str, Any]]:
-    """The manifest's columns in the order of the format: a manifest that was read has them by name."""
-    order = columns_of(
-        manifest.image_shape, len(manifest.class_names), manifest.targets, embed_images="image" in manifest.columns
-    )
-    return [(name, manifest.columns[name]) for name in order]
-
-
-def _shards(manifest: Manifest) -> list[ShardEntry]:
-    return sorted(manifest.shards, key=lambda shard: (shard.view, shard.block))
 
 
 def _table(head: tuple[str, ...], rows: list[Any]) -> str:

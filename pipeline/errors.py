@@ -31,3 +31,13 @@ class WorkerError(PipelineError):
 
 class TrainingError(PipelineError):
     """Training cannot go on, for example because the loss is not finite."""
+
+
+def shown(text: str, longest: int = 200) -> str:
+    """Text that a stranger may have written, within one line: cut, and what cannot be printed escaped.
+
+    >>> shown("one\\ntwo", longest=6)
+    'one\\\\ntw...'
+    """
+    start = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:longest])
+    return start if len(text) <= longest else f"{start}..."

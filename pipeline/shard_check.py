@@ -38,27 +38,35 @@ def check_shard(directory: Path | Folder, manifest: Manifest, shard: ShardEntry)
         ShardError: names the file and what is wrong.
     """
     folder = LocalFolder(directory) if isinstance(directory, Path) else directory
+    checked_shard(folder, manifest, shard).close()
+
+
+def checked_shard(folder: Folder, manifest: Manifest, shard: ShardEntry) -> ShardFile:
+    """As `check_shard`; returns the file, still open: what is read of it later is what was checked."""
     path = f"{folder}/{shard.name}"
-    try:
-        with contextlib.closing(folder.open(shard.name)) as source:
+    with contextlib.ExitStack() as stack:
+        try:
+            source = folder.open(shard.name)
+            stack.callback(source.close)
             if source.size != shard.bytes:
                 raise ShardError(f"{path}: has {source.size} bytes, the manifest says {shard.bytes}")
             if digest_of(source) != shard.sha256:
                 raise ShardError(f"{path}: its sha256 is not the manifest's: the content has changed")
-    except FileNotFoundError:
-        raise ShardError(f"{path}: missing") from None
-    except OSError as error:
-        raise ShardError(f"{path}: cannot be read ({error})") from None
-    check_contents(folder, manifest, shard)
+        except FileNotFoundError:
+            raise ShardError(f"{path}: missing") from None
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be read ({error})") from None
+        file = ShardFile(source, path, None, attributes_of(manifest.fingerprint, shard.view, shard.block))
+        check_contents(file, manifest, shard)
+        stack.pop_all()  # it stays open
+    return file
 
 
-def check_contents(folder: Folder, manifest: Manifest, shard: ShardEntry) -> None:
-    """The part of `check_shard` that looks into the file: how it is stored, then its values."""
-    attributes = attributes_of(manifest.fingerprint, shard.view, shard.block)
-    with open_shard(folder, shard.name, None, attributes) as file:
-        check_layout(file, manifest, shard)
-        file.check_chunks()
-        _check_values({name: file.read(name) for name in SMALL}, manifest, shard, file.place)
+def check_contents(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> None:
+    """The part of `check_shard` that looks into an open file: its columns, then their values."""
+    check_layout(file, manifest, shard)
+    file.check_chunks()
+    _check_values({name: file.read(name) for name in SMALL}, manifest, shard, file.place)
 
 
 def check_layout(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.errors import ShardError, StoreError
 from pipeline.shard_check import check_shard
 from pipeline.shard_file import read_columns
-from pipeline.shard_format import MANIFEST, Column, Manifest, ShardEntry, attributes_of, columns_of, read_manifest
+from pipeline.shard_format import MANIFEST, Column, Manifest, ShardEntry, attributes_of, columns_in_order, read_manifest
 from pipeline.storage import atomic_directory, check_replaceable, copy_file, write_atomically
 
 if TYPE_CHECKING:
@@ -101,10 +101,8 @@ def _table(directory: Path, manifest: Manifest, shard: ShardEntry) -> pyarrow.Ta
 
 
 def _columns_of(manifest: Manifest) -> dict[str, Column]:
-    """The columns of a file, in the order of the shard format."""
-    classes, embed_images = len(manifest.class_names), "image" in manifest.columns
-    columns = columns_of(manifest.image_shape, classes, manifest.targets, embed_images)
-    return {"view": Column("int32", (), "number of the view"), **columns}
+    """The columns of a file."""
+    return {"view": Column("int32", (), "number of the view"), **columns_in_order(manifest)}
 
 
 def _array(values: NDArray[Any]) -> pyarrow.Array:

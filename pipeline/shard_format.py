@@ -11,14 +11,14 @@ import hashlib
 import json
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.byte_source import Folder, LocalFolder
-from pipeline.errors import ShardError
+from pipeline.errors import ShardError, shown
 from pipeline.status import Status
 
 FORMAT_VERSION = 1
@@ -98,6 +98,11 @@ class Manifest(_Strict):
     shards: list[ShardEntry]
     totals: Totals
 
+    @property
+    def is_sample(self) -> bool:
+        """Whether its rows were drawn from the views of a whole dataset, `rows` of them as one view."""
+        return self.parameters.get("sample") is not None
+
 
 def columns_of(image_shape: tuple[int, int, int], classes: int, targets: int, embed_images: bool) -> dict[str, Column]:
     """The columns of a shard, in order, for images of `image_shape` (C, H, W) and `targets` target classes a view."""
@@ -120,6 +125,17 @@ def columns_of(image_shape: tuple[int, int, int], classes: int, targets: int, em
     if not embed_images:
         del columns["image"]
     return columns
+
+
+def columns_in_order(manifest: Manifest) -> dict[str, Column]:
+    """The columns of a dataset as the format has them: a manifest that was read has them by name."""
+    embed_images = "image" in manifest.columns
+    return columns_of(manifest.image_shape, len(manifest.class_names), manifest.targets, embed_images)
+
+
+def shards_in_order(manifest: Manifest) -> list[ShardEntry]:
+    """The shards of a dataset by view, then block."""
+    return sorted(manifest.shards, key=lambda shard: (shard.view, shard.block))
 
 
 def shard_name(view: int, block: int) -> str:
@@ -175,25 +191,37 @@ def read_manifest(directory: Path | Folder) -> Manifest:
     if content.count(b"[") > MOST_LISTS or content.count(b"{") > MOST_LISTS + len(content) // 100:
         raise ShardError(f"{path}: not a manifest: it has more lists and objects than one has")
     try:
-        values = json.loads(content)
+        values = json.loads(content, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{path}: not valid JSON ({error})") from None
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
-        raise ShardError(f"{path}: format version {version!r}, this software reads version {FORMAT_VERSION}")
+        raise ShardError(f"{path}: format version {shown(repr(version))}, this software reads version {FORMAT_VERSION}")
     try:
         manifest = Manifest.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ShardError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ShardError(f"{path}: {shown('.'.join(map(str, first['loc'])))}: {first['msg']}") from None
     _check_consistent(manifest, path)
+    _check_writable(manifest, path)
     return manifest
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _check_writable(manifest: Manifest, path: str) -> None:
+    """Refuse what JSON can say, but no file of ours: numbers that overflow, halves of characters, endless nesting."""
+    try:
+        manifest_text(manifest)
+        json.dumps(manifest.model_dump(), ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"{path}: holds what cannot be written again ({error})") from None
+
+
 def _check_consistent(manifest: Manifest, path: str) -> None:
-    expected = columns_of(
-        manifest.image_shape, len(manifest.class_names), manifest.targets, "image" in manifest.columns
-    )
+    expected = columns_in_order(manifest)
     if {name: c[:2] for name, c in manifest.columns.items()} != {name: c[:2] for name, c in expected.items()}:
         raise ShardError(f"{path}: the columns are not those of format version {FORMAT_VERSION}")
     _check_sizes(manifest, path)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.byte_source import folder_at
-from pipeline.shard_check import check_layout, check_shard
+from pipeline.shard_check import check_layout, checked_shard
 from pipeline.shard_file import ShardFile, open_shard
 from pipeline.shard_format import ShardEntry, attributes_of, read_manifest
 
@@ -46,15 +46,15 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
         self.folder = folder_at(directory)
         self.directory = str(self.folder)
         self.manifest = read_manifest(self.folder)
-        if verify or (verify is None and not self.folder.is_remote):
-            for shard in self.manifest.shards:
-                check_shard(self.folder, self.manifest, shard)
         self._shards = sorted(self.manifest.shards, key=lambda shard: (shard.view, shard.block))
         self._ends = np.cumsum([shard.rows for shard in self._shards])
         self._row_bytes = {
             name: np.dtype(c.dtype).itemsize * prod(c.shape) for name, c in self.manifest.columns.items()
         }
         self._files: dict[str, ShardFile] = {}
+        if verify or (verify is None and not self.folder.is_remote):
+            for shard in self.manifest.shards:
+                self._keep(shard, checked_shard(self.folder, self.manifest, shard))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}  # which do not outlive their process
@@ -112,12 +112,15 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
         """The shard's file, opened when it is not among those that were read last."""
         file = self._files.pop(shard.name, None)
         if file is None:
-            if len(self._files) == OPEN_FILES:
-                self._files.pop(next(iter(self._files)))  # closed when no other thread reads it
             # Its attributes say whether the directory has been replaced by another dataset since it was checked.
             attributes = attributes_of(self.manifest.fingerprint, shard.view, shard.block)
             file = open_shard(self.folder, shard.name, self.manifest.columns, attributes)
             check_layout(file, self.manifest, shard)
+        return self._keep(shard, file)
+
+    def _keep(self, shard: ShardEntry, file: ShardFile) -> ShardFile:
+        if len(self._files) == OPEN_FILES:
+            self._files.pop(next(iter(self._files)))  # closed when no other thread reads it
         self._files[shard.name] = file
         return file
 

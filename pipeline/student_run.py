@@ -66,6 +66,11 @@ class InputPaths(NamedTuple):
         """
         needed = source != "shards"
         train, validation = self.prepared / "train.h5", self.prepared / "validation.h5"
+        if needed and not train.exists():
+            raise DataError(
+                f"{train}: no such prepared file, and methods with source '{source}' train on its images: make it with "
+                "python -m stages.prepare, or take a method with source 'shards', which needs the sample dataset alone"
+            )
         return Inputs(
             train=read_prepared(train) if needed or train.exists() else None,
             validation=read_validation(validation) if needed or validation.exists() else None,

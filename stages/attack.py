@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from pipeline.attack import Search
 from pipeline.attack_plan import Plan, plan
-from pipeline.attack_run import PUBLISHED, SampleDataset
+from pipeline.attack_run import SampleDataset
 from pipeline.attack_worker import make_on_workers
+from pipeline.card import PUBLISHED
 from pipeline.cluster import connected
 from pipeline.config import load_params
 from pipeline.data import read_prepared

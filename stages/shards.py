@@ -9,21 +9,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import click
-import numpy as np
 
+from pipeline.errors import shown
 from pipeline.shard_check import check_shard, find_problems
 from pipeline.shard_export import export_parquet
-from pipeline.shard_file import read_columns
 from pipeline.shard_format import Manifest, read_manifest
 from pipeline.shard_merge import merge as merge_datasets
-from pipeline.shard_merge import sample as sample_rows
+from pipeline.shard_sample import sample as sample_rows
 from pipeline.shard_store import adopt as adopt_shards
-from pipeline.status import Status
+from pipeline.spread import spread_of
 from pipeline.storage import Store, lock
 from stages.cli import EXIT_FAILED, PATH, WORK, errors_in_one_line, say
 
 QUANTILES = (0.05, 0.5, 0.95)
-LONGEST_FACT = 200  # characters
 FORMATS = {"parquet": export_parquet}
 
 
@@ -63,23 +61,21 @@ def info(directory: Path) -> None:
     """
     manifest = read_manifest(directory)
     for name, value in _facts(directory, manifest):
-        click.echo(f"{name:<26}{value}")
+        click.echo(f"{shown(name):<26}{shown(value)}")
 
 
 def _facts(directory: Path, manifest: Manifest) -> list[tuple[str, str]]:
-    columns = {"status": [], "margin": [], "distance": []}  # type: dict[str, list[np.ndarray]]
     for shard in manifest.shards:
         check_shard(directory, manifest, shard)
-        for name, values in read_columns(directory / shard.name, columns).items():
-            columns[name].append(values.ravel())
-    status, margin, distance = (np.concatenate(values) for values in columns.values())
-    converged = status == Status.CONVERGED
-    totals = manifest.totals
+    spread, totals = spread_of(directory, manifest, QUANTILES), manifest.totals
+    if manifest.is_sample:
+        rows = [("rows", f"{totals.rows}, drawn from all views")]
+    else:
+        rows = [("training images", f"{manifest.rows}"), ("views", f"{manifest.views}")]
     facts = [
         ("classes", f"{len(manifest.class_names)}: {', '.join(manifest.class_names[:10])}"),
         ("image shape", " x ".join(map(str, manifest.image_shape))),
-        ("training images", f"{manifest.rows}"),
-        ("views", f"{manifest.views}"),
+        *rows,
         ("targets per view", f"{manifest.targets}"),
         ("samples", f"{totals.samples}"),
         ("shards", f"{totals.shards}"),
@@ -87,19 +83,22 @@ def _facts(directory: Path, manifest: Manifest) -> list[tuple[str, str]]:
     ]
     for name, count in totals.statuses.items():
         facts.append((f"status {name}", f"{count} ({count / totals.samples:.2%})"))
-    probability = np.tanh(np.abs(margin[converged]) / 2)
-    for name, values in (("probability margin", probability), ("distance (L2, pixels)", distance[converged])):
-        text = ", ".join(f"{q:.0%} {np.quantile(values, q):.4f}" for q in QUANTILES) if len(values) else "no samples"
-        facts.append((name, text))
-    made_from = [name for name in ("merged", "sample") if name in manifest.parameters]
-    facts += [(name, _short(json.dumps(manifest.parameters[name]))) for name in made_from]
+    facts.append(("probability margin", _quantiles(spread and spread.probability_margin)))
+    facts.append(("distance (L2, pixels)", _quantiles(spread and spread.distance)))
+    made_from = [name for name in ("merged", "sample") if manifest.parameters.get(name) is not None]
+    facts += [(name, _short_digests(json.dumps(manifest.parameters[name]))) for name in made_from]
     return [*facts, ("fingerprint", manifest.fingerprint[:16]), ("teacher sha256", manifest.digests.teacher[:16])]
 
 
-def _short(text: str) -> str:
-    """Text with the starts of digests, and cut."""
-    text = re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1", text)
-    return text if len(text) <= LONGEST_FACT else f"{text[:LONGEST_FACT]}..."
+def _quantiles(values: list[float] | None) -> str:
+    if values is None:
+        return "no samples"
+    return ", ".join(f"{q:.0%} {value:.4f}" for q, value in zip(QUANTILES, values, strict=True))
+
+
+def _short_digests(text: str) -> str:
+    """Text with the starts of digests."""
+    return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1", text)
 
 
 @main.command()
@@ -126,8 +125,9 @@ def merge(directories: tuple[Path, ...], out: Path) -> None:
     """Put the views of two or more datasets into one.
 
     They must be of the same teacher, data and parameters; attack.seed alone may differ, and should, so that the views
-    do. All shards are checked first. Writes shards, with views numbered in the order given, and manifest.json, whose
-    parameters list under `merged` where each view is from. A view that is there twice is taken once.
+    do. All shards are checked first. Writes shards, with views numbered in the order given, their card (README.md and
+    croissant.json, which state nothing of licence or source), and manifest.json, whose parameters list under `merged`
+    where each view is from. A view that is there twice is taken once.
 
     Example: python -m stages.shards merge data/bss from-ann --out data/merged
     """
@@ -149,8 +149,9 @@ def merge(directories: tuple[Path, ...], out: Path) -> None:
 def sample(directory: Path, rows: int, seed: int, out: Path) -> None:
     """Draw rows at random, without replacement, as a preview.
 
-    Writes a small dataset of one view, with all columns and `index` as they were: shards and manifest.json, whose
-    parameters say under `sample` what it was drawn from.
+    Writes a small dataset of one view, with all columns and `index` as they were: shards, their card (README.md and
+    croissant.json, which state nothing of licence or source), and manifest.json, whose parameters say under `sample`
+    what it was drawn from.
 
     Example: python -m stages.shards sample data/bss -n 1000 --out data/preview
     """

@@ -13,11 +13,23 @@ from huggingface_hub import DatasetCard
 from ruamel.yaml import YAML
 
 from pipeline.boundary import probability_margin
-from pipeline.card import CROISSANT, NOTHING_STATED, README, SIZES, croissant_text, readme_text, spread_of, write_card
+from pipeline.card import (
+    CROISSANT,
+    NOTHING_STATED,
+    QUANTILES,
+    README,
+    SIZES,
+    croissant_card,
+    readme_text,
+    write_card,
+)
 from pipeline.config import Card, check_params
 from pipeline.errors import ParameterError, ShardError
 from pipeline.shard_format import read_manifest, shard_name
+from pipeline.shard_merge import merge
 from pipeline.shard_reader import BoundaryShards
+from pipeline.shard_sample import sample
+from pipeline.spread import spread_of
 from pipeline.status import Status
 from pipeline.storage import file_digest
 from tests.files import (
@@ -67,6 +79,24 @@ def stated(tmp_path_factory, dataset):
 def unstated(tmp_path_factory, dataset):
     directory = tmp_path_factory.mktemp("unstated") / "bss"
     dataset.publish(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory, stated):
+    """Three views of two seeds, 192 rows; the one source states everything, the other one nothing."""
+    folder = tmp_path_factory.mktemp("other")
+    other = made_in(folder, {"attack.seed": 6, "attack.views": 1})
+    other.publish(folder / "bss")
+    merge([stated, folder / "bss"], folder / "merged")
+    return folder / "merged"
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory, merged):
+    """70 rows in three shards."""
+    directory = tmp_path_factory.mktemp("sampled") / "bss"
+    sample(merged, 70, 0, directory)
     return directory
 
 
@@ -130,8 +160,9 @@ def test_the_card_changes_no_other_file(stated, unstated):
         assert same == (name not in (README, CROISSANT)), name
 
 
-def test_a_published_dataset_with_its_card_is_whole(stated):
-    result = run_stage("shards", "verify", stated)
+@pytest.mark.parametrize("directory", ["stated", "merged", "sampled"])
+def test_a_published_dataset_with_its_card_is_whole(request, directory):
+    result = run_stage("shards", "verify", request.getfixturevalue(directory))
     assert result.exit_code == 0, result.stderr
 
 
@@ -205,23 +236,62 @@ def test_the_card_says_from_what_the_dataset_was_made(stated, dataset):
     assert {dataset.digests.teacher, dataset.digests.train, dataset.fingerprint, "1"} <= facts
 
 
-def test_the_card_says_that_a_dataset_was_made_from_others(stated):
-    manifest = read_manifest(stated)
-    assert "merged" not in readme(stated)
-    merged = manifest.model_copy(update={"parameters": manifest.parameters | {"merged": [{"seed": 5}]}})
-    text = readme_text(merged, NOTHING_STATED, None)
-    assert "The views of several datasets, listed under `merged`, were then put together." in text
+AFTERWARDS = {
+    "merged": "The views of several datasets, listed under `merged`, were then put together.",
+    "sampled": "It is a preview: `sample` says how many rows of a whole dataset, and which one.",
+}
 
 
-def test_what_is_not_stated_is_said_to_be_not_stated(unstated):
-    text = readme(unstated)
+@pytest.mark.parametrize(
+    ("directory", "said"), [("stated", ()), ("merged", ("merged",)), ("sampled", tuple(AFTERWARDS))]
+)
+def test_the_card_says_that_a_dataset_was_made_from_others(request, directory, said):
+    path = request.getfixturevalue(directory)
+    text = readme(path)
+    assert {name for name, sentence in AFTERWARDS.items() if sentence in text} == set(said)
+    assert json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]) == read_manifest(path).parameters
+
+
+def test_the_card_of_a_merged_dataset_counts_its_views(merged):
+    text = readme(merged)
+    assert "For 3 augmented views of each of 64 training images: " in text
+    rows = table_rows(text, "Counts")
+    assert {rows[name][0] for name in ("views of each image", "shards")} == {"3", "9"}
+    assert rows["rows: views of all images"] == ["192"]
+
+
+def test_the_card_of_a_sample_takes_its_rows_for_no_images(sampled):
+    text = readme(sampled)
+    sentence = "For 70 views of training images, drawn at random from a larger dataset: "
+    assert sentence in text
+    assert croissant(sampled)["description"].startswith(sentence)
+    rows = table_rows(text, "Counts")
+    assert rows["rows: drawn views"] == ["70"]
+    assert not {"training images", "views of each image", "rows: views of all images"} & rows.keys()
+    assert "views" not in table_rows(text, "How it was made")
+    assert "has a block of drawn rows, as HDF5 datasets" in text
+
+
+@pytest.mark.parametrize("directory", ["merged", "sampled"])
+def test_quantiles_of_merged_and_sampled_datasets_are_their_own(request, directory):
+    path = request.getfixturevalue(directory)
+    status, distance = columns_of_all_shards(path, "status", "distance")
+    cells = table_rows(readme(path), "Converged samples")["distance, L2, pixels in [0, 1]"]
+    expected = np.quantile(distance[status == Status.CONVERGED].astype(float), QUANTILES)
+    np.testing.assert_allclose([float(cell) for cell in cells], expected, rtol=0.006)  # three digits
+
+
+@pytest.mark.parametrize("directory", ["unstated", "merged", "sampled"])  # of which one source states everything
+def test_what_is_not_stated_is_said_to_be_not_stated(request, directory):
+    path = request.getfixturevalue(directory)
+    text = readme(path)
     stated = items(text, "Licence, source and terms")
     assert list(stated.values()) == ["not stated"] * 4
     metadata, body = front_matter(text)
     assert metadata["license"] == "unknown"
     assert metadata["pretty_name"] == "Boundary-supporting samples"
     assert body.startswith("\n# Boundary-supporting samples\n")
-    assert not {"license", "url"} & croissant(unstated).keys()
+    assert not {"license", "url"} & croissant(path).keys()
 
 
 def test_what_is_stated_is_in_both_files(stated):
@@ -285,7 +355,7 @@ def test_any_text_is_shown_as_it_is_and_is_no_markup(stated, text):
     assert re.sub(r"\\(.)", r"\1", shown) == text
     assert not re.search(r"(?<!\\)([*`<>\[\]|$~#]|\b_\B|\B_\b)", shown)
     assert not re.search(r"(?<!\\)&#?\w+;", shown)
-    values = json.loads(croissant_text(manifest, card))
+    values = json.loads(croissant_card(manifest, card))
     assert values["name"] == values["license"] == text
 
 
@@ -306,7 +376,7 @@ def test_what_is_no_url_is_refused(url):
         check_params(tiny_values({"card.url": url}), "tiny")
 
 
-@pytest.mark.parametrize("directory", ["stated", "unstated"])
+@pytest.mark.parametrize("directory", ["stated", "unstated", "merged", "sampled"])
 def test_croissant_is_valid(request, directory):
     path = request.getfixturevalue(directory)
     dataset = mlcroissant.Dataset(jsonld=str(path / CROISSANT))
@@ -386,7 +456,7 @@ def test_a_dataset_in_which_nothing_converged_says_so(tmp_path):
     )
     make_missing(wrong, tmp_path)
     manifest = wrong.publish(tmp_path / "bss")
-    assert spread_of(tmp_path / "bss", manifest) is None
+    assert spread_of(tmp_path / "bss", manifest, QUANTILES) is None
     assert "No sample converged." in readme(tmp_path / "bss")
     assert "100.00%" in table_rows(readme(tmp_path / "bss"), "Counts")["`base_misclassified`"]
 
@@ -401,10 +471,19 @@ def test_the_card_of_other_shards_is_refused(copy):
         write_card(copy, manifest)
 
 
-def test_a_meaning_in_a_strangers_manifest_is_no_markup(copy):
+def test_a_meaning_in_a_strangers_manifest_is_not_taken_over(copy):
     change_manifest(copy, lambda values: values["columns"]["label"].__setitem__(2, "x | y\n\n<b>z</b>"))
-    text = readme_text(read_manifest(copy), NOTHING_STATED, None)
-    assert "| `label` | int64 | scalar | x \\| y \\<b\\>z\\</b\\> |" in text
+    manifest = read_manifest(copy)
+    assert "| `label` | int64 | scalar | base class |" in readme_text(manifest, NOTHING_STATED, None)
+    assert '"base class"' in croissant_card(manifest, NOTHING_STATED)
+
+
+def test_parameters_in_a_strangers_manifest_stay_in_their_block(copy):
+    text = "```\n# Free money\n```json"
+    change_manifest(copy, lambda values: values["parameters"].update({text: text}))
+    markdown = readme_text(read_manifest(copy), NOTHING_STATED, None)
+    assert json.loads(re.search(r"^```json\n(.*?)^```", markdown, re.DOTALL | re.MULTILINE)[1])[text] == text
+    assert "\n# Free money" not in markdown
 
 
 def test_the_attack_stage_states_what_the_parameters_say(tmp_path, monkeypatch):

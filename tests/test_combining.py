@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,15 +14,16 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from pipeline import attack_run, shard_export, shard_merge
+from pipeline import attack_run, shard_export, shard_rewrite
 from pipeline.errors import ParameterError, ShardError, StoreError
 from pipeline.provenance import ROOT
 from pipeline.shard_check import find_problems
 from pipeline.shard_export import export_parquet
 from pipeline.shard_file import read_columns
 from pipeline.shard_format import columns_of, read_manifest, shard_name
-from pipeline.shard_merge import merge, sample
+from pipeline.shard_merge import merge
 from pipeline.shard_reader import BoundaryShards
+from pipeline.shard_sample import sample
 from pipeline.shard_source import ShardSource
 from pipeline.shard_store import adopt
 from pipeline.shard_writer import write_shard
@@ -318,6 +320,8 @@ def test_a_published_dataset_with_its_card_is_replaced(copy):
         (copy / "c" / name).write_text("old")
     merge([copy / "a", copy / "b"], copy / "c")
     assert sorted(by_name(copy / "c")) == [
+        "README.md",
+        "croissant.json",
         "manifest.json",
         *(shard_name(view, block) for view in range(4) for block in range(3)),
     ]
@@ -376,7 +380,9 @@ def kill_at_call(module, name, number):
 def test_a_killed_merge_leaves_what_was_there_and_can_be_run_again(with_c, monkeypatch, point):
     before = contents(with_c)
     number = 5 if point == "write_shard" else 1
-    process = fork_stage(with_c, "shards", *COMMANDS["merge"], before=lambda: kill_at_call(shard_merge, point, number))
+    process = fork_stage(
+        with_c, "shards", *COMMANDS["merge"], before=lambda: kill_at_call(shard_rewrite, point, number)
+    )
     assert finish(process)[0] == -signal.SIGKILL
     assert {path: digest for path, digest in contents(with_c).items() if "/." not in path} == before
     monkeypatch.chdir(with_c)
@@ -660,9 +666,25 @@ def test_info_tells_a_sample_and_a_merged_dataset_from_others(copy, monkeypatch)
     monkeypatch.chdir(copy)
     run_stage("shards", *COMMANDS["merge"])
     run_stage("shards", "sample", "a", "-n", "30", "--out", "s")
-    assert 'sample                    {"fingerprint": "' in run_stage("shards", "info", "s").stdout
+    facts = run_stage("shards", "info", "s").stdout
+    assert 'sample                    {"fingerprint": "' in facts
+    assert "rows                      30, drawn from all views\n" in facts
+    assert not re.search(r"^(training images|views)", facts, re.MULTILINE)
+    assert "training images           64\nviews                     4\n" in run_stage("shards", "info", "c").stdout
     assert 'merged                    [{"fingerprint": "' in run_stage("shards", "info", "c").stdout
     assert "merged" not in run_stage("shards", "info", "a").stdout
+
+
+def test_names_of_a_stranger_are_shown_in_one_line(copy, monkeypatch):
+    monkeypatch.chdir(copy)
+    change_manifest(copy / "a", lambda values: values["class_names"].__setitem__(0, "owl\n\x1b[2J"))
+    facts = run_stage("shards", "info", "a").stdout
+    assert "4: owl\\n\\x1b[2J, cat, dog, frog\n" in facts
+    assert facts.isascii()
+    change_manifest(copy / "b", lambda values: values["parameters"].update({"a\nb\x1b[2J": 1}))
+    assert f"{copy / 'b'}: parameters.a\\nb\\x1b[2J is 1, but absent in" in merge_refusal(
+        [copy / "more", copy / "b"], copy / "c"
+    )
 
 
 def test_refusals_of_commands_are_one_line(copy, monkeypatch):

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from pipeline.byte_source import LocalFolder
 from pipeline.errors import ShardError
 from pipeline.shard_check import check_contents, check_shard
-from pipeline.shard_format import read_manifest, shard_name
+from pipeline.shard_file import open_shard
+from pipeline.shard_format import attributes_of, read_manifest, shard_name
 from pipeline.shard_reader import BoundaryShards
 from tests.files import change_manifest, make_missing, mislabelled, reseal, sample_dataset, tiny_splits
 
@@ -296,6 +297,10 @@ def claim_pixels(values):
     values["columns"]["delta"][1] = [1, 1, 1 << 40, 1 << 40]
 
 
+def nested(depth):
+    return {"x": nested(depth - 1)} if depth else 1
+
+
 MANIFESTS = {
     "2^60 rows": (claim_rows, "shards.0.rows: Input should be less than or equal to 1000000"),
     "2^80 pixels": (claim_pixels, "images (1, 1099511627776, 1099511627776) of 4 classes are too large"),
@@ -305,6 +310,11 @@ MANIFESTS = {
     "many lists": (lambda v: v.update(parameters={"x": [[]] * (1 << 20)}), "not a manifest: it has more lists"),
     "many objects": (lambda v: v.update(parameters={"x": [{}] * (1 << 20)}), "not a manifest: it has more lists"),
     "many names": (lambda v: v.update(class_names=["ab"] * (1 << 20)), "the columns are not those"),
+    "not a number": (lambda v: v["parameters"].update(x=float("nan")), "not valid JSON (NaN is no number of JSON)"),
+    "deep": (lambda v: v["parameters"].update(x=nested(600)), "holds what cannot be written again ("),
+    "half a character": (lambda v: v["class_names"].__setitem__(0, "\ud800"), "holds what cannot be written again ("),
+    "lines in a name": (lambda v: v.update({"a\nb\x1b[2J": 1}), "a\\nb\\x1b[2J: Extra inputs are not permitted"),
+    "long version": (lambda v: v.update(format_version="x" * 9999), f"format version '{'x' * 199}..., this"),
     "long number": (lambda v: v.update(rows=int("9" * 4000)), "the blocks of view 0 do not add up"),
 }
 
@@ -314,6 +324,13 @@ def test_a_hostile_manifest_is_refused(directory, case):
     change, expected = MANIFESTS[case]
     change_manifest(directory, change)
     assert refused(directory, reseal_first=False).startswith(f"manifest.json: {expected}")
+
+
+def test_a_number_that_overflows_is_refused(directory):
+    change_manifest(directory, lambda values: values["parameters"].update(x=1.25e300))
+    path = directory / "manifest.json"
+    path.write_text(path.read_text().replace("1.25e+300", "1e999"))
+    assert refused(directory, reseal_first=False).startswith("manifest.json: holds what cannot be written again (Out ")
 
 
 def test_a_manifest_of_a_gigabyte_is_not_read(directory):
@@ -358,7 +375,9 @@ def test_ten_thousand_damaged_files_end_in_success_or_in_a_refusal(datasets, tmp
         (tmp_path / NAME).write_bytes(content[:length])
         signal.alarm(5)
         try:
-            check_contents(LocalFolder(tmp_path), manifest, shard)
+            attributes = attributes_of(manifest.fingerprint, shard.view, shard.block)
+            with open_shard(LocalFolder(tmp_path), NAME, None, attributes) as file:
+                check_contents(file, manifest, shard)
             outcomes["read"] += 1
         except ShardError as error:
             outcomes["refused"] += "\n" not in str(error)

@@ -26,6 +26,12 @@ def test_the_h5py_example_gives_samples_on_the_boundary(tmp_path, monkeypatch):
     values = {}
     exec(example, values)
 
+    three_lines = re.search(
+        r"<!-- example: three lines -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )[1]
+    exec(three_lines, values)
+    assert set(values["row"]) == {*values["shards"].manifest.columns, "samples"}
+
     stored = BoundaryShards("data/bss")
     rows = [row for row in (stored[number] for number in range(len(stored))) if row["status"][0] == 0]
     assert len(rows) == len(values["sample"]) > 0

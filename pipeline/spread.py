@@ -1,0 +1,45 @@
+"""How close to the boundary the converged samples of a dataset are: quantiles of margin and distance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.shard_file import read_columns
+from pipeline.shard_format import Manifest, ShardEntry, attributes_of, shards_in_order
+from pipeline.status import Status
+
+
+class Spread(NamedTuple):
+    """Quantiles over the converged samples, in the order asked for."""
+
+    probability_margin: list[float]
+    distance: list[float]
+
+
+def spread_of(directory: Path, manifest: Manifest, quantiles: Sequence[float]) -> Spread | None:
+    """Quantiles of probability margin tanh(|m| / 2) and of L2 distance over converged samples; None if there are none.
+
+    Reads three small columns of one shard at a time, and keeps 8 bytes of every converged sample in memory.
+
+    Raises:
+        ShardError: a shard is missing, unreadable or another one.
+    """
+    found = [_converged(directory, manifest, shard) for shard in shards_in_order(manifest)]
+    margin, distance = (np.concatenate(values).astype(np.float64) for values in zip(*found, strict=True))
+    if not len(margin):
+        return None
+    probability_margin = np.tanh(np.abs(margin) / 2)
+    return Spread(np.quantile(probability_margin, quantiles).tolist(), np.quantile(distance, quantiles).tolist())
+
+
+def _converged(directory: Path, manifest: Manifest, shard: ShardEntry) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Margin and distance of the converged samples of a shard, (n,) each."""
+    attributes = attributes_of(manifest.fingerprint, shard.view, shard.block)
+    columns = read_columns(directory / shard.name, ("status", "margin", "distance"), attributes)
+    converged = columns["status"] == Status.CONVERGED
+    return columns["margin"][converged], columns["distance"][converged]
