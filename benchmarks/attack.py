@@ -11,13 +11,29 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.measuring import MEAN, STD, Searches, Spread, publish, real_searches, seconds_of, table
+from benchmarks.measuring import (
+    MEAN,
+    STD,
+    Searches,
+    Spread,
+    benchmark_params,
+    first_images,
+    publish,
+    real_searches,
+    real_teacher,
+    real_train,
+    seconds_of,
+    table,
+)
+from pipeline.attack import Block, Search
 from pipeline.boundary import judge, margin_of, probability_margin
 from pipeline.models import folded, halved
 from pipeline.newton import newton
+from pipeline.runtime import keep_freed_memory, search_batch
 from pipeline.status import Status
 
 TOLERANCE = 0.02
+TARGETS = (1, 2, 4)
 DDN = "foolbox DDN, targeted, 100 steps"  # the reference for closeness
 
 
@@ -142,6 +158,7 @@ def main(runs: int, threads: int, device: str) -> None:
     Example: python -m benchmarks.attack
     """
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as all stages do; for every method here
     todo = real_searches(max(method.rows for method in METHODS.values()), torch.device(device))
     plain, half = folded(todo.teacher), halved(folded(todo.teacher))
     samples: dict[str, Tensor] = {}
@@ -156,7 +173,9 @@ def main(runs: int, threads: int, device: str) -> None:
             cost[name] = (fast.equivalents + teacher.equivalents) / method.rows
     records = [_record(name, todo, samples, rates[name], cost[name]) for name in METHODS]
     text = table([_row(record, records) for record in records])
-    publish("attack", todo.images.device, records, text + f"\n\n{_gradients(plain, half, todo)}")
+    targets = _targets(todo.images.device, runs)
+    text += f"\n\n{_gradients(plain, half, todo)}\n\n" + table([_targets_row(record, targets) for record in targets])
+    publish("attack", todo.images.device, records + targets, text)
 
 
 @torch.no_grad()
@@ -198,6 +217,49 @@ def _row(record: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, str
         "on the boundary": f"{record['on_boundary']:.1%}",
         "margin, median / p95": f"{record['margin_median']:.4f} / {record['margin_p95']:.4f}",
         "median L2 over DDN's": "-" if over_ddn is None else f"{over_ddn:.3f}",
+    }
+
+
+def _targets(device: torch.device, runs: int, rows: int = 512) -> list[dict[str, Any]]:
+    """A block of views with 1, 2 and 4 target classes each, as the attack stage makes it, in turn."""
+    params, train = benchmark_params(device.type), first_images(real_train(2 * rows), rows)
+    block, batch = Block(0, 0, 0, rows), search_batch(params.runtime, device)
+    searches = {
+        count: Search(
+            real_teacher(device), params.attack.model_copy(update={"targets": count}), params.dataset, device, batch
+        )
+        for count in TARGETS
+    }
+    found = {count: search.shard_values(train, block) for count, search in searches.items()}  # warms up, too
+    times: dict[int, list[float]] = {count: [] for count in TARGETS}
+    for _ in range(runs):
+        for count, search in searches.items():
+            times[count].append(seconds_of(partial(search.shard_values, train, block), device)[0])
+    records = []
+    for count, values in found.items():
+        done = values["status"][values["target"][:, 0] >= 0] == Status.CONVERGED
+        gradients = values["evaluations"][values["target"][:, 0] >= 0].mean(0)
+        records.append(
+            {
+                "targets": count,
+                "rows": rows,
+                "seconds": Spread.of(times[count])._asdict(),
+                "converged": float(done.mean()),
+                "gradients": gradients.tolist(),
+            }
+        )
+    return records
+
+
+def _targets_row(record: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, str]:
+    seconds = Spread(**record["seconds"])
+    return {
+        "target classes of each view": str(record["targets"]),
+        "views": str(record["rows"]),
+        "seconds": seconds.text(2),
+        "times as long as one": f"{seconds.median / records[0]['seconds']['median']:.2f}",
+        "converged": f"{record['converged']:.1%}",
+        "gradients of the first to the last target": ", ".join(f"{value:.1f}" for value in record["gradients"]),
     }
 
 

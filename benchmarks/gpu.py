@@ -17,6 +17,7 @@ from benchmarks.measuring import (
     WEIGHTS,
     Searches,
     Spread,
+    benchmark_params,
     first_images,
     publish,
     real_searches,
@@ -25,7 +26,7 @@ from benchmarks.measuring import (
     seconds_of,
     table,
 )
-from benchmarks.students import benchmark_params, epochs_of_sources
+from benchmarks.students import epochs_of_sources
 from pipeline.attack import Search
 from pipeline.attack_run import SampleDataset
 from pipeline.boundary import logits_in_batches, margin_of

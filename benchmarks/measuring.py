@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.attack import draw_targets
 from pipeline.boundary import logits_in_batches
-from pipeline.config import load_params
+from pipeline.config import Params, load_params
 from pipeline.data import Prepared, content_digest, read_prepared
 from pipeline.datasets import open_dataset
 from pipeline.models import Architecture, Classifier, placed
@@ -31,6 +31,7 @@ from pipeline.weights import load_weights
 
 DATA = ROOT / os.environ.get("BOUNDARY_DATA", "../shared/data")
 ARCHIVE, WEIGHTS = DATA / "cifar10-jpeg.tar.gz", DATA / "heo2019-resnet26-cifar10.safetensors"
+BATCH = 256  # of training
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 Result = TypeVar("Result")
 RESULTS, DOCUMENT = ROOT / "benchmarks/results", ROOT / "docs/BENCHMARKS.md"
@@ -66,6 +67,19 @@ def real_train(images: int) -> Prepared:
         train = read_prepared(Path(folder) / "train.h5")
         order = np.random.default_rng(0).permutation(len(train.labels))
         return train._replace(images=np.array(train.images)[order], labels=train.labels[order])
+
+
+def benchmark_params(device: str) -> Params:
+    """The parameters of everything that is measured on CIFAR-10 images."""
+    params = load_params(ROOT / "params.yaml")
+    return params.model_copy(
+        update={
+            "attack": params.attack.model_copy(update={"views": 2, "search": "newton"}),
+            "dataset": params.dataset.model_copy(update={"padding": 4, "flip": True}),
+            "training": params.training.model_copy(update={"batch_size": BATCH}),
+            "runtime": params.runtime.model_copy(update={"device": device}),
+        }
+    )
 
 
 def first_images(train: Prepared, count: int) -> Prepared:

@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from benchmarks.attack import Counted, plain_loop
 from benchmarks.measuring import (
+    BATCH,
     WEIGHTS,
     Searches,
     Spread,
+    benchmark_params,
     first_images,
     publish,
     real_teacher,
@@ -29,12 +31,11 @@ from pipeline.attack import Search
 from pipeline.attack_run import SampleDataset
 from pipeline.batches import Batch, FreshSource, Source
 from pipeline.boundary import SearchResult, logits_in_batches, margin_of
-from pipeline.config import Params, load_params
+from pipeline.config import Params
 from pipeline.methods import LOSSES
 from pipeline.models import build
 from pipeline.online_source import OnlineSource
 from pipeline.projection import as_ray, row_sum
-from pipeline.provenance import ROOT
 from pipeline.runtime import make_fabric, search_batch, side_by_side
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
@@ -43,7 +44,6 @@ from pipeline.storage import Store, file_digest
 from pipeline.teacher import architecture_for
 from pipeline.training import _Run
 
-BATCH, VIEWS = 256, 2
 EPOCHS, WITH_BOUNDARY = 80, 60  # of the paper's schedule; in the others the boundary loss is off
 PAPER_VIEWS = 8
 STUDENTS = (1, 2, 4, 8)
@@ -104,19 +104,6 @@ def main(runs: int, images: int, student: str, device: str) -> None:
     publish("students", torch.device(device), records, text)
 
 
-def benchmark_params(device: str) -> Params:
-    """The parameters of everything that is measured on CIFAR-10 images."""
-    params = load_params(ROOT / "params.yaml")
-    return params.model_copy(
-        update={
-            "attack": params.attack.model_copy(update={"views": VIEWS, "search": "newton"}),
-            "dataset": params.dataset.model_copy(update={"padding": 4, "flip": True}),
-            "training": params.training.model_copy(update={"batch_size": BATCH}),
-            "runtime": params.runtime.model_copy(update={"device": device}),
-        }
-    )
-
-
 def epochs_of_sources(
     params: Params,
     student: str,
@@ -164,7 +151,7 @@ def epochs_of_sources(
             seconds_each, _ = seconds_of(partial(fits[name]._epoch, source, step, 0), device)
             if run:  # the first one warms up
                 times[name].append(images / seconds_each)
-    attack = {"name": "attack", "views_per_second": images * VIEWS / seconds}
+    attack = {"name": "attack", "views_per_second": images * params.attack.views / seconds}
     return [{"name": name, "epoch": Spread.of(values)._asdict()} for name, values in times.items()] + [attack]
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.byte_source import Folder, LocalFolder, digest_of
 from pipeline.errors import ShardError
-from pipeline.shard_file import ShardFile, open_shard
+from pipeline.shard_file import ChunkCache, ShardFile, open_shard
 from pipeline.shard_format import Manifest, ShardEntry, attributes_of, count_statuses
 from pipeline.status import Status
 
@@ -41,7 +41,7 @@ def check_shard(directory: Path | Folder, manifest: Manifest, shard: ShardEntry)
     checked_shard(folder, manifest, shard).close()
 
 
-def checked_shard(folder: Folder, manifest: Manifest, shard: ShardEntry) -> ShardFile:
+def checked_shard(folder: Folder, manifest: Manifest, shard: ShardEntry, cache: ChunkCache | None = None) -> ShardFile:
     """As `check_shard`; returns the file, still open: what is read of it later is what was checked."""
     path = f"{folder}/{shard.name}"
     with contextlib.ExitStack() as stack:
@@ -56,7 +56,7 @@ def checked_shard(folder: Folder, manifest: Manifest, shard: ShardEntry) -> Shar
             raise ShardError(f"{path}: missing") from None
         except OSError as error:
             raise ShardError(f"{path}: cannot be read ({error})") from None
-        file = ShardFile(source, path, None, attributes_of(manifest.fingerprint, shard.view, shard.block))
+        file = ShardFile(source, path, None, attributes_of(manifest.fingerprint, shard.view, shard.block), cache)
         check_contents(file, manifest, shard)
         stack.pop_all()  # it stays open
     return file

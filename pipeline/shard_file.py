@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +24,7 @@ from pipeline.byte_source import ByteSource, Folder, LocalFolder
 from pipeline.errors import ShardError
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"  # at the very start: no user block
+OWN_CACHE = 1 << 20  # bytes of decompressed chunks
 LARGEST_COLUMN = 1 << 32  # bytes in memory
 NUMBER_TYPE, DIGEST_TYPE = np.dtype(np.int64), np.dtype("S64")  # of attributes
 
@@ -50,6 +54,34 @@ class _RefusedError(Exception):
     """A reason not to read a column."""
 
 
+class ChunkCache:
+    """The decompressed chunks that were read last, of any number of files, in so many bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self._bytes = limit, 0
+        self._chunks: OrderedDict[tuple[str, str, int], NDArray[Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, place: str, column: str, number: int, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """A chunk of a column of a file, made when it is not here."""
+        key = (place, column, number)
+        with self._lock:
+            if key in self._chunks:
+                self._chunks.move_to_end(key)
+                return self._chunks[key]
+        chunk = make()
+        with self._lock:
+            if key not in self._chunks and chunk.nbytes <= self.limit:
+                self._chunks[key] = chunk
+                self._bytes += chunk.nbytes
+            while self._bytes > self.limit:
+                self._bytes -= self._chunks.popitem(last=False)[1].nbytes
+        return chunk
+
+    def __reduce__(self) -> tuple[type[ChunkCache], tuple[int]]:
+        return ChunkCache, (self.limit,)  # to another process it goes empty
+
+
 class ShardFile(contextlib.AbstractContextManager["ShardFile"]):
     """A shard that is open for reading. Several processes may share it after a fork.
 
@@ -61,6 +93,7 @@ class ShardFile(contextlib.AbstractContextManager["ShardFile"]):
         place: its path or URL, for messages.
         columns: names of those that will be read; None for all that the file has.
         attributes: that the file must have.
+        cache: of decompressed chunks; by default a small one of its own.
 
     Raises:
         ShardError: the file is no shard, is another one, lacks a column, or stores one in a way that this format does
@@ -73,9 +106,10 @@ class ShardFile(contextlib.AbstractContextManager["ShardFile"]):
         place: str,
         columns: Iterable[str] | None,
         attributes: Mapping[str, Any] | None = None,
+        cache: ChunkCache | None = None,
     ) -> None:
         self.place, self._source = place, source
-        self._decompressed: dict[str, tuple[int, NDArray[Any]]] = {}  # the last chunk of each compressed column
+        self._cache = cache or ChunkCache(OWN_CACHE)
         try:
             start = bytearray(len(SIGNATURE))
             if source.read_into(memoryview(start), 0) < len(start) or start != SIGNATURE:
@@ -115,7 +149,8 @@ class ShardFile(contextlib.AbstractContextManager["ShardFile"]):
             step = place.rows_per_chunk
             for number in range(first // step, math.ceil(end / step)) if len(values) else ():
                 start = number * step
-                rows = self._decompress(column, number)[max(0, first - start) : end - start]
+                chunk = self._cache.get(self.place, column, number, partial(self._decompress, column, number))
+                rows = chunk[max(0, first - start) : end - start]
                 at = max(first, start) - first
                 values[at : at + len(rows)] = rows
         return values.astype(np.int64) if values.dtype == np.uint32 else values
@@ -141,9 +176,6 @@ class ShardFile(contextlib.AbstractContextManager["ShardFile"]):
 
     def _decompress(self, name: str, number: int) -> NDArray[Any]:
         """One chunk: inflated, and its bytes put back in order (those of all values, by significance, lie together)."""
-        known = self._decompressed.get(name)
-        if known and known[0] == number:
-            return known[1]
         column = self._columns[name]
         stored = np.empty(column.chunks[number].size, np.uint8)
         self._fill(stored, column.chunks[number].offset, name)
@@ -157,7 +189,6 @@ class ShardFile(contextlib.AbstractContextManager["ShardFile"]):
         width = column.dtype.itemsize
         values = np.ascontiguousarray(np.frombuffer(content, np.uint8).reshape(width, -1).T)
         rows: NDArray[Any] = values.view(column.dtype).reshape(column.rows_per_chunk, *column.shape[1:])
-        self._decompressed[name] = number, rows
         return rows
 
     def close(self) -> None:
@@ -261,14 +292,18 @@ def read_attribute(file: h5f.FileID, name: str) -> int | str | None:
 
 
 def open_shard(
-    folder: Folder, name: str, columns: Iterable[str] | None, attributes: Mapping[str, Any] | None = None
+    folder: Folder,
+    name: str,
+    columns: Iterable[str] | None,
+    attributes: Mapping[str, Any] | None = None,
+    cache: ChunkCache | None = None,
 ) -> ShardFile:
     """Open a shard of a folder for reading; arguments and errors as for `ShardFile`."""
     try:
         source = folder.open(name)
     except OSError as error:
         raise ShardError(f"{folder}/{name}: not a readable shard ({error})") from None
-    return ShardFile(source, f"{folder}/{name}", columns, attributes)
+    return ShardFile(source, f"{folder}/{name}", columns, attributes, cache)
 
 
 def read_columns(

@@ -15,9 +15,10 @@ from torch.utils.data import Dataset
 
 from pipeline.byte_source import folder_at
 from pipeline.shard_check import check_layout, checked_shard
-from pipeline.shard_file import ShardFile, open_shard
+from pipeline.shard_file import ChunkCache, ShardFile, open_shard
 from pipeline.shard_format import ShardEntry, attributes_of, read_manifest
 
+CACHE_BYTES = 1 << 28  # of decompressed chunks, in each process
 OPEN_FILES = 512  # at most, in each process; it costs milliseconds to open one
 BYTES_PER_READ = 1 << 15  # what can be read in the time that one more read takes
 
@@ -52,9 +53,10 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
             name: np.dtype(c.dtype).itemsize * prod(c.shape) for name, c in self.manifest.columns.items()
         }
         self._files: dict[str, ShardFile] = {}
+        self._cache = ChunkCache(CACHE_BYTES)
         if verify or (verify is None and not self.folder.is_remote):
             for shard in self.manifest.shards:
-                self._keep(shard, checked_shard(self.folder, self.manifest, shard))
+                self._keep(shard, checked_shard(self.folder, self.manifest, shard, self._cache))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}  # which do not outlive their process
@@ -114,7 +116,7 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
         if file is None:
             # Its attributes say whether the directory has been replaced by another dataset since it was checked.
             attributes = attributes_of(self.manifest.fingerprint, shard.view, shard.block)
-            file = open_shard(self.folder, shard.name, self.manifest.columns, attributes)
+            file = open_shard(self.folder, shard.name, self.manifest.columns, attributes, self._cache)
             check_layout(file, self.manifest, shard)
         return self._keep(shard, file)
 
