@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.attack import Block, Search
-from pipeline.card import NOTHING_STATED, PUBLISHED, write_card
+from pipeline.card import BESIDE, NOTHING_STATED, PUBLISHED, write_card
 from pipeline.config import Attack, Card, Dataset
 from pipeline.data import Prepared
 from pipeline.errors import ParameterError, ShardError
@@ -158,7 +158,7 @@ class SampleDataset:
         Raises:
             ShardError: the store lacks a shard.
         """
-        with atomic_directory(directory, *PUBLISHED) as temporary:
+        with atomic_directory(directory, *PUBLISHED, beside=BESIDE) as temporary:
             entries = _side_by_side(partial(self._publish_one, temporary), self.blocks)
             manifest = self.manifest(entries)
             write_card(temporary, manifest, card)

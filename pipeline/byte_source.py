@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,8 +39,12 @@ class LocalBytes:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size = os.fstat(self._handle).st_size
+        self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would be waited for
+        found = os.fstat(self._handle)
+        self.size = found.st_size
+        if not stat.S_ISREG(found.st_mode):
+            self.close()
+            raise OSError("it is no regular file")
 
     def read_into(self, view: memoryview, offset: int) -> int:
         done = 0  # a call reads 2 GiB at most
@@ -49,7 +54,7 @@ class LocalBytes:
 
     @contextlib.contextmanager
     def hdf5(self) -> Iterator[h5py.File]:
-        with h5py.File(self.path, "r") as file:
+        with h5py.File(f"/proc/self/fd/{self._handle}", "r") as file:  # this file, whatever its path leads to now
             yield file
 
     def close(self) -> None:
@@ -70,6 +75,8 @@ class RemoteBytes:
         end = min(self.size, offset + len(view))
         with _as_os_error():
             content = self.folder.file_system().cat_file(self.path, start=offset, end=end) if offset < end else b""
+        if len(content) != max(0, end - offset):
+            raise OSError("the server does not answer range requests: copy the folder here")
         view[: len(content)] = content
         return len(content)
 
@@ -126,6 +133,8 @@ class RemoteFolder:
                 self._file_system, self._root = url_to_fs(self.url)
             except (ImportError, ValueError) as error:
                 raise ShardError(f"{self.url}: cannot be read ({error}): pip install '.[remote]', or '.[s3]'") from None
+            except Exception as error:  # each kind of URL has its own
+                raise ShardError(f"{self.url}: cannot be read ({type(error).__name__}: {error})") from None
             self._process = os.getpid()
         return self._file_system
 
@@ -162,7 +171,9 @@ def _as_os_error() -> Iterator[None]:
     """What clients of remote file systems raise, which have no common type, as OSError."""
     try:
         yield
-    except (OSError, ShardError):
+    except ShardError:
         raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"not found: {error}") from error
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {error}") from error

@@ -13,14 +13,14 @@ from typing import Any
 
 from pipeline.config import Card
 from pipeline.croissant import croissant_text
-from pipeline.shard_format import MANIFEST, Manifest, columns_in_order, shards_in_order
+from pipeline.shard_format import MANIFEST, SHARD_FILES, Manifest, columns_in_order, shards_in_order
 from pipeline.spread import Spread, spread_of
 from pipeline.status import Status
 from pipeline.storage import write_atomically
 
 README = "README.md"
 CROISSANT = "croissant.json"
-PUBLISHED = ("*.h5", README, CROISSANT, MANIFEST)  # names in a directory of shards
+PUBLISHED, BESIDE = (SHARD_FILES, MANIFEST), (README, CROISSANT)  # names in a directory of shards
 
 NOTHING_STATED = Card(title=None, licence=None, source=None, terms=None, url=None)
 TITLE = "Boundary-supporting samples"

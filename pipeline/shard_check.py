@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.byte_source import Folder, LocalFolder, digest_of
-from pipeline.errors import ShardError
+from pipeline.errors import ShardError, shown
 from pipeline.shard_file import ChunkCache, ShardFile, open_shard
 from pipeline.shard_format import Manifest, ShardEntry, attributes_of, count_statuses
 from pipeline.status import Status
 
-# Columns whose values are looked at; image and delta may hold anything.
+# Columns whose values are looked at, all rows at once, and a few rows at a time.
 SMALL = (
+    "index",
     "label",
     "crop",
     "flip",
@@ -28,6 +30,8 @@ SMALL = (
     "distance",
     "status",
 )
+SAMPLES = ("image", "delta", "delta_scale", "distance", "status")
+BLOCK_BYTES = 1 << 22  # of samples in memory
 CLOSE = 1e-3  # relative to the logits: rounding of a margin
 
 
@@ -67,6 +71,7 @@ def check_contents(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> No
     check_layout(file, manifest, shard)
     file.check_chunks()
     _check_values({name: file.read(name) for name in SMALL}, manifest, shard, file.place)
+    _check_samples(file, manifest, shard)
 
 
 def check_layout(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> None:
@@ -82,49 +87,99 @@ def check_layout(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> None
 
 
 def _check_values(columns: dict[str, NDArray[Any]], manifest: Manifest, shard: ShardEntry, path: str) -> None:
+    """Refuse values that no attack gives; those of images and perturbations are looked at by `_check_samples`."""
     classes, status = len(manifest.class_names), columns["status"]
     label, target = columns["label"], columns["target"].astype(np.int64)
-    done = status == Status.CONVERGED
+    done, skipped = status == Status.CONVERGED, status == Status.BASE_MISCLASSIFIED
     logits, margin = columns["boundary_logits"], columns["margin"]
 
     def within(name: str, lowest: float, largest: float) -> bool:
         return bool(((columns[name] >= lowest) & (columns[name] <= largest)).all())
 
-    largest_crop = 2 * manifest.augmentation.padding
+    ordered = np.sort(target, axis=1)
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    finite = np.isfinite(logits).all(-1) & np.isfinite(margin)
     sound = {
+        "index": _is_index(columns["index"], manifest, shard),
         "label": within("label", 0, classes - 1),
-        "crop": within("crop", 0, largest_crop),
+        "crop": within("crop", 0, 2 * manifest.augmentation.padding),
         "flip": within("flip", 0, int(manifest.augmentation.flip)),
         "status": within("status", 0, max(Status)),
-        "target": within("target", -1, classes - 1) and not (done & (target < 0)).any(),
+        "target": within("target", -1, classes - 1) and np.array_equal(target < 0, skipped) and not repeated.any(),
         "teacher_logits": bool(np.isfinite(columns["teacher_logits"]).all()),
-        "boundary_logits": bool(np.isfinite(logits[done]).all()),
+        "boundary_logits": bool((finite | (status == Status.BAD_GRADIENT)).all()),
+        "delta_scale": within("delta_scale", 0, 1) and not columns["delta_scale"][skipped].any(),
+        "distance": within("distance", 0, 1e9) and not columns["distance"][skipped].any(),
     }
-    for name in ("delta_scale", "distance"):
-        sound[name] = bool((np.isfinite(columns[name]) & (columns[name] >= 0))[done].all())
     for name, is_sound in sound.items():
         if not is_sound:
             raise ShardError(f"{path}: column '{name}' holds values that are not possible")
-    if (done & (target == label[:, None])).any():
+    if ((target == label[:, None]) & ~skipped).any():
         raise ShardError(f"{path}: column 'target' names the base class")
     pair = np.stack([np.broadcast_to(label[:, None], target.shape), np.maximum(target, 0)], -1)
     base, other = np.moveaxis(np.take_along_axis(logits, pair, -1), -1, 0)
     if not (np.abs(base - other - margin) <= CLOSE * (1 + np.abs(base)))[done].all():
         raise ShardError(f"{path}: column 'margin' is not the difference of the logits")
+    others = logits.copy()
+    np.put_along_axis(others, pair, -np.inf, -1)
+    on_top = others.max(-1, initial=-np.inf) <= np.minimum(base, other) + CLOSE
+    if not (on_top & (np.tanh(np.abs(margin) / 2) <= _tolerance(manifest) + CLOSE))[done].all():
+        raise ShardError(f"{path}: column 'status' says of samples that are off the boundary that they converged")
     if count_statuses(status) != shard.statuses:
         raise ShardError(f"{path}: column 'status' does not count as the manifest says")
 
 
-def find_problems(directory: Path, manifest: Manifest) -> list[str]:
+def _is_index(index: NDArray[np.int64], manifest: Manifest, shard: ShardEntry) -> bool:
+    """Whether rows are those of the block; a preview has some of them, in any block."""
+    if manifest.is_sample:
+        return bool((index < 2**31).all())
+    start = manifest.starts[shard.view, shard.block]
+    return np.array_equal(index, np.arange(start, start + shard.rows))
+
+
+def _tolerance(manifest: Manifest) -> float:
+    """The largest probability margin of a converged sample, as the manifest says; else any."""
+    tolerance = _attack_parameter(manifest, "tolerance")
+    return float(tolerance) if isinstance(tolerance, float | int) else 1.0
+
+
+def _attack_parameter(manifest: Manifest, name: str) -> Any:
+    attack = manifest.parameters.get("attack")
+    return attack.get(name) if isinstance(attack, dict) else None
+
+
+def _check_samples(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> None:
+    """Refuse perturbations that are not as long as `distance` says, and samples that are no images."""
+    bounded = _attack_parameter(manifest, "search") != "heo2019"  # which leaves the box [0, 1]
+    step = max(1, BLOCK_BYTES // (4 * manifest.targets * prod(manifest.image_shape)))
+    for first in range(0, shard.rows, step):
+        rows = {name: file.read(name, first, first + step) for name in SAMPLES if name in manifest.columns}
+        scale, done = rows["delta_scale"], rows["status"] == Status.CONVERGED
+        delta = rows["delta"] * scale[..., None, None, None]
+        length = np.sqrt(np.einsum("rkchw,rkchw->rk", delta, delta))
+        if not np.isclose(length, rows["distance"], rtol=CLOSE, atol=CLOSE)[done].all():
+            raise ShardError(f"{file.place}: column 'distance' is not the length of the perturbations")
+        if bounded and "image" in rows:
+            delta += rows["image"][:, None] / np.float32(255)
+            slack = 0.51 * scale + CLOSE
+            inside = (delta.min((2, 3, 4)) >= -slack) & (delta.max((2, 3, 4)) <= 1 + slack)
+            if not inside[done].all():
+                raise ShardError(f"{file.place}: column 'delta' leads out of the image")
+
+
+def find_problems(directory: Path | Folder, manifest: Manifest) -> list[str]:
     """Check every file of a dataset; one sentence for each that is wrong, none for a whole dataset."""
+    folder = LocalFolder(directory) if isinstance(directory, Path) else directory
     problems = []
     for shard in manifest.shards:
         try:
-            check_shard(directory, manifest, shard)
+            check_shard(folder, manifest, shard)
         except ShardError as error:
             problems.append(str(error))
     listed = {shard.name for shard in manifest.shards}
-    problems += [f"{path}: not in the manifest" for path in sorted(directory.glob("*.h5")) if path.name not in listed]
+    if isinstance(folder, LocalFolder):  # servers do not list what they have
+        others = sorted(path for path in folder.path.glob("*.h5") if path.name not in listed)
+        problems += [f"{folder}/{shown(path.name)}: not in the manifest" for path in others]
     return problems
 
 

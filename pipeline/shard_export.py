@@ -15,12 +15,13 @@ from pipeline.errors import ShardError, StoreError
 from pipeline.shard_check import check_shard
 from pipeline.shard_file import read_columns
 from pipeline.shard_format import MANIFEST, Column, Manifest, ShardEntry, attributes_of, columns_in_order, read_manifest
+from pipeline.shard_rewrite import check_apart
 from pipeline.storage import atomic_directory, check_replaceable, copy_file, write_atomically
 
 if TYPE_CHECKING:
     import pyarrow
 
-OWNED = ("*.parquet", MANIFEST)  # names in a directory of Parquet files
+OWNED = ("view-*-block-*.parquet", MANIFEST)  # names in a directory of Parquet files
 COMPRESSION = "zstd"  # CIFAR-10: 78 % of an uncompressed shard, snappy 91 %; as fast
 LARGEST_COLUMN = 2**31 - 1  # numbers of a shard: lists have 32-bit offsets
 # Hugging Face's type of an array of several axes, by their number, and what its library reads and writes it as.
@@ -45,6 +46,7 @@ def export_parquet(directory: Path, out: Path) -> Manifest:
     """
     _check_pyarrow()
     check_replaceable(out, *OWNED)
+    check_apart(out, [directory])
     manifest = read_manifest(directory)
     _check_sizes(directory, manifest)
     with atomic_directory(out, *OWNED) as temporary:

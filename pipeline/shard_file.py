@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import threading
 import zlib
 from collections import OrderedDict
@@ -24,6 +25,9 @@ from pipeline.byte_source import ByteSource, Folder, LocalFolder
 from pipeline.errors import ShardError
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"  # at the very start: no user block
+COLUMN_NAME = re.compile(r"[a-z_]{1,100}")
+ATTRIBUTES = 4  # of a shard
+LARGEST_CHUNK = 1 << 24  # bytes, unless a single row is larger
 OWN_CACHE = 1 << 20  # bytes of decompressed chunks
 LARGEST_COLUMN = 1 << 32  # bytes in memory
 NUMBER_TYPE, DIGEST_TYPE = np.dtype(np.int64), np.dtype("S64")  # of attributes
@@ -207,7 +211,13 @@ def _names_of(file: h5f.FileID, place: str) -> list[str]:
     group = h5o.open(file, b"/")
     if group.get_num_objs() > 256:
         raise ShardError(f"{place}: has {group.get_num_objs()} columns")
-    return [name.decode(errors="replace") for name in group]
+    names = [name.decode(errors="replace") for name in group]
+    for name in names:
+        if not COLUMN_NAME.fullmatch(name):  # HDF5 would take some for paths, and follow links in them
+            raise ShardError(f"{place}: has a column of an impossible name, {ascii(name)[:100]}")
+    if h5a.get_num_attrs(file) != ATTRIBUTES:
+        raise ShardError(f"{place}: has {h5a.get_num_attrs(file)} attributes, not {ATTRIBUTES}")
+    return names
 
 
 def _column_of(file: h5f.FileID, name: str, file_size: int) -> _Column:
@@ -255,7 +265,8 @@ def _in_one_piece(dataset: h5d.DatasetID, column: _Column, file_size: int) -> _C
 
 def _in_chunks(dataset: h5d.DatasetID, column: _Column, file_size: int) -> _Column:
     shape, chunk = column.shape, dataset.get_create_plist().get_chunk()
-    if chunk[1:] != shape[1:] or not 0 < chunk[0] <= shape[0]:
+    too_large = chunk[0] > 1 and chunk[0] * column.row_bytes > LARGEST_CHUNK
+    if chunk[1:] != shape[1:] or not 0 < chunk[0] <= shape[0] or too_large:
         raise _RefusedError(f"has chunks {chunk} for shape {shape}")
     expected = math.ceil(shape[0] / chunk[0])
     if dataset.get_num_chunks() != expected:

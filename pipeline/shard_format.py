@@ -7,6 +7,7 @@ starts at once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from math import prod
@@ -24,9 +25,11 @@ from pipeline.status import Status
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 16 << 20  # bytes, 47,000 shards; more of them need another format
-MOST_LISTS = 1000  # in a manifest
+MOST_LISTS, MOST_VALUES = 1000, 100_000  # in a manifest without shards
+MOST_PADDING = 64  # pixels, or a side of the image
 LARGEST_SHARD = 1 << 32  # bytes of its columns in memory
 MOST_ROWS, MOST_CLASSES, MOST_PIXELS = 1_000_000, 32_767, 16_384  # of a shard; a label fits int16; along a side
+SHARD_FILES = "view-*-block-*.h5"
 SHARD_NAME = r"view-\d{3,}-block-\d{5,}\.h5"
 DIGEST = r"^[0-9a-f]{64}$"
 
@@ -97,6 +100,15 @@ class Manifest(_Strict):
     targets: int = Field(ge=1)
     shards: list[ShardEntry]
     totals: Totals
+
+    @functools.cached_property
+    def starts(self) -> dict[tuple[int, int], int]:
+        """The first row of each (view, block) within its view."""
+        starts, found = dict[int, int](), {}
+        for shard in shards_in_order(self):
+            found[shard.view, shard.block] = starts.get(shard.view, 0)
+            starts[shard.view] = found[shard.view, shard.block] + shard.rows
+        return found
 
     @property
     def is_sample(self) -> bool:
@@ -188,10 +200,14 @@ def read_manifest(directory: Path | Folder) -> Manifest:
             source.read_into(memoryview(content), 0)
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({error.strerror or error}); is {folder} a sample dataset?") from None
-    if content.count(b"[") > MOST_LISTS or content.count(b"{") > MOST_LISTS + len(content) // 100:
-        raise ShardError(f"{path}: not a manifest: it has more lists and objects than one has")
+    # A shard takes 350 bytes, with 2 objects and 13 commas; class names may contain some of their own.
+    most = {b"[": MOST_LISTS, b"{": MOST_LISTS + len(content) // 100, b",": MOST_VALUES + len(content) // 20}
+    if any(content.count(sign) > count for sign, count in most.items()):
+        raise ShardError(f"{path}: not a manifest: it has more lists, objects or values than one has")
     try:
-        values = json.loads(content, parse_constant=_refuse_constant)
+        values = json.loads(
+            content.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_refuse_repetition
+        )
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{path}: not valid JSON ({error})") from None
     version = values.get("format_version") if isinstance(values, dict) else None
@@ -211,6 +227,13 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 
+def _refuse_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key is there twice")
+    return values
+
+
 def _check_writable(manifest: Manifest, path: str) -> None:
     """Refuse what JSON can say, but no file of ours: numbers that overflow, halves of characters, endless nesting."""
     try:
@@ -228,8 +251,13 @@ def _check_consistent(manifest: Manifest, path: str) -> None:
     channels = manifest.image_shape[0]
     if min(manifest.image_shape) < 1 or len(manifest.mean) != channels or len(manifest.std) != channels:
         raise ShardError(f"{path}: image shape, mean and deviation do not fit each other")
-    if not all(np.isfinite(manifest.mean)) or not all(0 < value < np.inf for value in manifest.std):
+    # In float32 anything else would be zero or infinite.
+    if not all(abs(value) <= 1e6 for value in manifest.mean) or not all(1e-6 <= value <= 1e6 for value in manifest.std):
         raise ShardError(f"{path}: mean or deviation is out of range")
+    if manifest.augmentation.padding > max(MOST_PADDING, *manifest.image_shape[1:]):
+        raise ShardError(f"{path}: padding {manifest.augmentation.padding} is more than an image")
+    if len(set(manifest.class_names)) < len(manifest.class_names):
+        raise ShardError(f"{path}: two classes have the same name")
     if manifest.views > len(manifest.shards):
         raise ShardError(f"{path}: {manifest.views} views, but only {len(manifest.shards)} shards")
     blocks = {(shard.view, shard.block): shard for shard in manifest.shards}

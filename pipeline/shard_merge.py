@@ -12,7 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.card import PUBLISHED
+from pipeline.card import BESIDE, NOTHING_STATED, PUBLISHED
+from pipeline.config import Card
 from pipeline.errors import ParameterError, ShardError, shown
 from pipeline.provenance import fingerprint
 from pipeline.shard_check import check_shard
@@ -34,7 +35,7 @@ class _View(NamedTuple):
     view: int
 
 
-def merge(directories: Sequence[Path], out: Path) -> Manifest:
+def merge(directories: Sequence[Path], out: Path, card: Card = NOTHING_STATED) -> Manifest:
     """Put the views of several datasets of the same teacher, data and parameters into one.
 
     Only the seed of the views may differ. Views are numbered anew in the order given; one that is there twice (the same
@@ -49,6 +50,7 @@ def merge(directories: Sequence[Path], out: Path) -> Manifest:
     Args:
         directories: two or more datasets; each is checked in full before anything is written.
         out: the directory to write or replace, at once; none of the datasets.
+        card: what is stated of the images.
 
     Raises:
         ParameterError: there is nothing to merge.
@@ -66,14 +68,14 @@ def merge(directories: Sequence[Path], out: Path) -> Manifest:
         for shard in dataset.manifest.shards:
             check_shard(dataset.directory, dataset.manifest, shard)
     manifest = _merged_manifest(datasets, views)
-    with atomic_directory(out, *PUBLISHED) as temporary:
+    with atomic_directory(out, *PUBLISHED, beside=BESIDE) as temporary:
         shards = [
             write_block(temporary, manifest, read_shard(view.dataset, shard), number, shard.block)
             for number, view in enumerate(views)
             for shard in shards_in_order(view.dataset.manifest)
             if shard.view == view.number
         ]
-        return finish(temporary, manifest, shards)
+        return finish(temporary, manifest, shards, card)
 
 
 def _check_fits(first: WholeDataset, other: WholeDataset) -> None:
@@ -117,6 +119,12 @@ def _different_views(datasets: list[WholeDataset]) -> list[_View]:
     for dataset in datasets:
         for view in _views_of(dataset):
             known = taken.setdefault((view.seed, view.view), view)
+            digests = {tuple(each) for each in (_shards_of(known), _shards_of(view)) if each}
+            if known.fingerprint == view.fingerprint and len(digests) > 1:
+                raise ShardError(
+                    f"{dataset.directory}: view {view.number} has the fingerprint of view {known.number} of "
+                    f"{known.dataset.directory}, but other content: one of the two is not what it says"
+                )
             if known.fingerprint != view.fingerprint:
                 raise ShardError(
                     f"{dataset.directory}: fingerprint of view {view.number} is {view.fingerprint}, but "
@@ -126,13 +134,21 @@ def _different_views(datasets: list[WholeDataset]) -> list[_View]:
     return list(taken.values())
 
 
+def _shards_of(view: _View) -> list[str]:
+    """Digests of a view's shards; none where they were written again and name another dataset."""
+    manifest = view.dataset.manifest
+    if manifest.fingerprint != view.fingerprint:
+        return []
+    return [shard.sha256 for shard in shards_in_order(manifest) if shard.view == view.number]
+
+
 def _views_of(dataset: WholeDataset) -> list[_View]:
     directory, manifest, parameters = dataset
     seed, sources = parameters.attack.seed, parameters.merged
     if not sources and seed is not None:
         sources = [Origin(fingerprint=manifest.fingerprint, seed=seed, views=list(range(manifest.views)))]
     origins = [(source.fingerprint, source.seed, view) for source in sources for view in source.views]
-    if len(origins) != manifest.views:
+    if len(set(origins)) != manifest.views or len(origins) != manifest.views:
         raise ShardError(
             f"{directory / MANIFEST}: parameters say of {len(origins)} of {manifest.views} views by which seed they "
             "were drawn (attack.seed or merged)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import threading
 from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
@@ -19,7 +21,7 @@ from pipeline.shard_file import ChunkCache, ShardFile, open_shard
 from pipeline.shard_format import ShardEntry, attributes_of, read_manifest
 
 CACHE_BYTES = 1 << 28  # of decompressed chunks, in each process
-OPEN_FILES = 512  # at most, in each process; it costs milliseconds to open one
+OPEN_FILES = 512  # at most, of each dataset in each process; it costs a millisecond to open one
 BYTES_PER_READ = 1 << 15  # what can be read in the time that one more read takes
 
 
@@ -53,13 +55,17 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
             name: np.dtype(c.dtype).itemsize * prod(c.shape) for name, c in self.manifest.columns.items()
         }
         self._files: dict[str, ShardFile] = {}
+        self._lock = threading.Lock()
         self._cache = ChunkCache(CACHE_BYTES)
         if verify or (verify is None and not self.folder.is_remote):
             for shard in self.manifest.shards:
                 self._keep(shard, checked_shard(self.folder, self.manifest, shard, self._cache))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}}  # which do not outlive their process
+        return self.__dict__ | {"_files": {}, "_lock": None}  # which do not outlive their process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_lock": threading.Lock()}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -112,7 +118,8 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
 
     def _open(self, shard: ShardEntry) -> ShardFile:
         """The shard's file, opened when it is not among those that were read last."""
-        file = self._files.pop(shard.name, None)
+        with self._lock:
+            file = self._files.pop(shard.name, None)
         if file is None:
             # Its attributes say whether the directory has been replaced by another dataset since it was checked.
             attributes = attributes_of(self.manifest.fingerprint, shard.view, shard.block)
@@ -121,10 +128,16 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
         return self._keep(shard, file)
 
     def _keep(self, shard: ShardEntry, file: ShardFile) -> ShardFile:
-        if len(self._files) == OPEN_FILES:
-            self._files.pop(next(iter(self._files)))  # closed when no other thread reads it
-        self._files[shard.name] = file
+        with self._lock:
+            while len(self._files) >= most_open_files():
+                self._files.pop(next(iter(self._files)))  # closed when no other thread reads it
+            self._files[shard.name] = file
         return file
+
+
+def most_open_files() -> int:
+    """How many files a dataset may keep open: a quarter of what this process may have."""
+    return max(1, min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 
 
 def with_samples(columns: dict[str, Tensor]) -> dict[str, Tensor]:

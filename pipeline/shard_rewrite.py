@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from pipeline.card import PUBLISHED, write_card
+from pipeline.card import BESIDE, PUBLISHED, write_card
+from pipeline.config import Card
 from pipeline.errors import ShardError, StoreError, shown
 from pipeline.shard_file import read_columns
 from pipeline.shard_format import (
@@ -66,10 +67,21 @@ def check_out(out: Path, directories: Sequence[Path]) -> None:
     Raises:
         StoreError: names path and reason.
     """
+    check_replaceable(out, *PUBLISHED, beside=BESIDE)
+    check_apart(out, directories)
+
+
+def check_apart(out: Path, directories: Sequence[Path]) -> None:
+    """Refuse a folder that holds what is read, or is within it.
+
+    Raises:
+        StoreError: names the two.
+    """
+    place = out.resolve()
     for directory in directories:
-        if out.resolve() == directory.resolve():
-            raise StoreError(f"{out}: is a dataset that is read here ({directory}): choose another folder")
-    check_replaceable(out, *PUBLISHED)
+        source = directory.resolve()
+        if place.is_relative_to(source) or source.is_relative_to(place):
+            raise StoreError(f"{out}: is, holds or is within what is read here ({directory}): choose another folder")
 
 
 def read_whole(directory: Path) -> WholeDataset:
@@ -124,9 +136,9 @@ def write_block(directory: Path, manifest: Manifest, values: Columns, view: int,
     )
 
 
-def finish(directory: Path, manifest: Manifest, shards: list[ShardEntry]) -> Manifest:
+def finish(directory: Path, manifest: Manifest, shards: list[ShardEntry], card: Card) -> Manifest:
     """Write the card of these shards and, last of all, their manifest; returns it as readers will have it."""
     manifest = manifest.model_copy(update={"shards": shards, "totals": totals_of(shards, manifest.targets)})
-    write_card(directory, manifest)  # which states nothing: manifests do not hold what was stated of their images
+    write_card(directory, manifest, card)
     write_atomically(directory / MANIFEST, manifest_text(manifest))
     return read_manifest(directory)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.card import PUBLISHED
+from pipeline.card import BESIDE, NOTHING_STATED, PUBLISHED
+from pipeline.config import Card
 from pipeline.errors import ParameterError
 from pipeline.provenance import fingerprint
 from pipeline.shard_check import check_shard
@@ -17,7 +18,7 @@ from pipeline.shard_rewrite import Columns, WholeDataset, check_out, finish, rea
 from pipeline.storage import atomic_directory
 
 
-def sample(directory: Path, rows: int, seed: int, out: Path) -> Manifest:
+def sample(directory: Path, rows: int, seed: int, out: Path, card: Card = NOTHING_STATED) -> Manifest:
     """Draw rows of all views of a dataset, without replacement, as a small dataset of one view.
 
     Rows come in the order of the dataset, with all columns as they were (`index` too), in blocks as large as the
@@ -28,6 +29,7 @@ def sample(directory: Path, rows: int, seed: int, out: Path) -> Manifest:
         rows: how many.
         seed: of the draw.
         out: the directory to write or replace, at once.
+        card: what is stated of the images.
 
     Raises:
         ParameterError: the dataset has fewer rows, or a number is out of range.
@@ -43,10 +45,10 @@ def sample(directory: Path, rows: int, seed: int, out: Path) -> Manifest:
         raise ParameterError(f"--seed: expected 0 or more, got {seed}")
     drawn = np.sort(np.random.default_rng(seed).choice(total, rows, replace=False))
     manifest = _sample_manifest(dataset, drawn, seed)
-    with atomic_directory(out, *PUBLISHED) as temporary:
+    with atomic_directory(out, *PUBLISHED, beside=BESIDE) as temporary:
         blocks = enumerate(_blocks_of(dataset, drawn))
         shards = [write_block(temporary, manifest, values, 0, block) for block, values in blocks]
-        return finish(temporary, manifest, shards)
+        return finish(temporary, manifest, shards, card)
 
 
 def _sample_manifest(dataset: WholeDataset, drawn: NDArray[np.int64], seed: int) -> Manifest:

@@ -143,8 +143,13 @@ class ShardSource:
 
         def boundary(chosen: Tensor) -> BoundaryBatch:
             at = (rows[chosen], choice[chosen])
-            samples = samples_of(columns["image"][at[0]], columns["delta"][at], columns["delta_scale"][at])
-            return BoundaryBatch(samples, columns["boundary_logits"][at], converged[chosen].any(1))
+            usable = converged[chosen].any(1)
+            # Fillers go through the network too: with their image and its logits, which are finite.
+            scale = torch.where(usable, columns["delta_scale"][at], 0)
+            samples = samples_of(columns["image"][at[0]], columns["delta"][at], scale)
+            return BoundaryBatch(
+                samples, torch.where(usable[:, None], columns["boundary_logits"][at], logits[chosen]), usable
+            )
 
         return Batch(images, labels, logits, converged.any(1), boundary)
 

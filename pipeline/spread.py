@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.shard_file import read_columns
+from pipeline.byte_source import Folder, LocalFolder
+from pipeline.shard_file import open_shard
 from pipeline.shard_format import Manifest, ShardEntry, attributes_of, shards_in_order
 from pipeline.status import Status
 
@@ -21,7 +22,7 @@ class Spread(NamedTuple):
     distance: list[float]
 
 
-def spread_of(directory: Path, manifest: Manifest, quantiles: Sequence[float]) -> Spread | None:
+def spread_of(directory: Path | Folder, manifest: Manifest, quantiles: Sequence[float]) -> Spread | None:
     """Quantiles of probability margin tanh(|m| / 2) and of L2 distance over converged samples; None if there are none.
 
     Reads three small columns of one shard at a time, and keeps 8 bytes of every converged sample in memory.
@@ -29,7 +30,8 @@ def spread_of(directory: Path, manifest: Manifest, quantiles: Sequence[float]) -
     Raises:
         ShardError: a shard is missing, unreadable or another one.
     """
-    found = [_converged(directory, manifest, shard) for shard in shards_in_order(manifest)]
+    folder = LocalFolder(directory) if isinstance(directory, Path) else directory
+    found = [_converged(folder, manifest, shard) for shard in shards_in_order(manifest)]
     margin, distance = (np.concatenate(values).astype(np.float64) for values in zip(*found, strict=True))
     if not len(margin):
         return None
@@ -37,9 +39,11 @@ def spread_of(directory: Path, manifest: Manifest, quantiles: Sequence[float]) -
     return Spread(np.quantile(probability_margin, quantiles).tolist(), np.quantile(distance, quantiles).tolist())
 
 
-def _converged(directory: Path, manifest: Manifest, shard: ShardEntry) -> tuple[NDArray[Any], NDArray[Any]]:
+def _converged(folder: Folder, manifest: Manifest, shard: ShardEntry) -> tuple[NDArray[Any], NDArray[Any]]:
     """Margin and distance of the converged samples of a shard, (n,) each."""
     attributes = attributes_of(manifest.fingerprint, shard.view, shard.block)
-    columns = read_columns(directory / shard.name, ("status", "margin", "distance"), attributes)
+    names = ("status", "margin", "distance")
+    with open_shard(folder, shard.name, names, attributes) as file:
+        columns = {name: file.read(name) for name in names}
     converged = columns["status"] == Status.CONVERGED
     return columns["margin"][converged], columns["distance"][converged]

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,23 @@ from typing import Any
 import h5py
 from filelock import FileLock, Timeout
 
-from pipeline.errors import StoreError
+from pipeline.errors import StoreError, shown
 
 CANNOT_BE_WRITTEN = {
     getattr(errno, name)
-    for name in ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "ELOOP", "EEXIST", "ENOTEMPTY", "EBUSY", "EIO")
+    for name in (
+        "EACCES",
+        "ENAMETOOLONG",
+        "EPERM",
+        "EROFS",
+        "ENOTDIR",
+        "EISDIR",
+        "ELOOP",
+        "EEXIST",
+        "ENOTEMPTY",
+        "EBUSY",
+        "EIO",
+    )
 }
 FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file, copied when one of the two is written
 
@@ -105,7 +117,7 @@ def written_hdf5(path: Path) -> Iterator[h5py.File]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: Path, *owned: str) -> Iterator[Path]:
+def atomic_directory(path: Path, *owned: str, beside: Sequence[str] = ()) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; on success it takes the place of `path`.
 
     One process at a time may do this for a path (hold a lock). What a killed one left is cleared away first. Of a
@@ -114,11 +126,12 @@ def atomic_directory(path: Path, *owned: str) -> Iterator[Path]:
     Args:
         path: the folder.
         owned: patterns of names that are written; a folder that holds anything else is not replaced.
+        beside: names that others use as well; a folder of nothing else is not replaced either.
 
     Raises:
         StoreError: the folder cannot be written, or is somebody else's; names path and reason.
     """
-    check_replaceable(path, *owned)
+    check_replaceable(path, *owned, beside=beside)
     place = path.resolve()
     new, old = (place.with_name(f".{place.name}.{state}.tmp") for state in ("new", "old"))
     try:
@@ -142,7 +155,7 @@ def atomic_directory(path: Path, *owned: str) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def check_replaceable(path: Path, *owned: str) -> None:
+def check_replaceable(path: Path, *owned: str, beside: Sequence[str] = ()) -> None:
     """Refuse a folder that `atomic_directory` could not replace: call it before long work.
 
     Raises:
@@ -155,9 +168,15 @@ def check_replaceable(path: Path, *owned: str) -> None:
             raise StoreError(f"{path}: is no folder: remove it, or choose another one")
         if os.path.ismount(path):
             raise StoreError(f"{path}: is a mount point, which cannot be replaced: choose a folder in it")
-        for entry in path.iterdir() if path.is_dir() else ():
-            if not any(fnmatch(entry.name, pattern) for pattern in (*owned, "*.tmp")):
-                raise StoreError(f"{path}: holds '{entry.name}', which is not written here: choose another folder")
+        entries = list(path.iterdir()) if path.is_dir() else []
+        names = [entry.name for entry in entries]
+        folders = {entry.name for entry in entries if entry.is_dir() and not entry.is_symlink()}
+        patterns = (*owned, "*.tmp")
+        others = [name for name in names if name in folders or not any(fnmatch(name, each) for each in patterns)]
+        if len(others) < len(names):
+            others = [name for name in others if name not in beside]
+        if others:
+            raise StoreError(f"{path}: holds '{shown(min(others))}', which is not written here: choose another folder")
 
 
 def _remove(path: Path) -> None:

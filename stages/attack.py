@@ -13,7 +13,7 @@ from pipeline.attack import Search
 from pipeline.attack_plan import Plan, plan
 from pipeline.attack_run import SampleDataset
 from pipeline.attack_worker import make_on_workers
-from pipeline.card import PUBLISHED
+from pipeline.card import BESIDE, PUBLISHED
 from pipeline.cluster import connected
 from pipeline.config import load_params
 from pipeline.data import read_prepared
@@ -54,7 +54,7 @@ def main(
     model, digest = load_with_digest(teacher, train, "teacher")
     device = choose_device(params.runtime)
     dataset = SampleDataset(train, params.dataset, params.attack, digest, Store(WORK / "shards"))
-    check_replaceable(out, *PUBLISHED)
+    check_replaceable(out, *PUBLISHED, beside=BESIDE)
     workers = side_by_side(params.runtime, device)
     with lock(WORK / "shards.lock", say), ExitStack() as stack:
         missing = dataset.missing()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from pipeline.config import load_params
 from pipeline.presets import configure
-from stages.cli import errors_in_one_line, params_option
+from stages.cli import errors_in_one_line, params_option, say
 
 
 @click.command()
@@ -25,6 +26,9 @@ def main(overlays: tuple[str, ...], params_path: Path) -> None:
     changes = configure(params_path, list(overlays))
     for change in changes:
         click.echo(change)
+    changed = {change.split(":")[0].split(".")[0] for change in changes if change.startswith(("dataset.name", "card"))}
+    if changed == {"dataset"} and any(load_params(params_path).card.model_dump().values()):
+        say("note: `card` still describes the dataset before: set card.title, card.source, ... or lay its preset over")
     click.echo(f"wrote {params_path}: {len(changes)} changed" if changes else f"{params_path}: nothing to change")
 
 

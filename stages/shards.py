@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import click
 
-from pipeline.errors import shown
+from pipeline.byte_source import Folder, folder_at
+from pipeline.card import NOTHING_STATED
+from pipeline.config import Card, load_params
+from pipeline.errors import ShardError, shown
 from pipeline.shard_check import check_shard, find_problems
 from pipeline.shard_export import export_parquet
 from pipeline.shard_format import Manifest, read_manifest
@@ -30,44 +37,67 @@ def main() -> None:
     """Check, describe, adopt, merge, sample and export directories of shards with their manifest."""
 
 
+def counted(count: int, thing: str) -> str:
+    """So many things, in words."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+def card_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The option for what the new dataset's card states of its images."""
+    return click.option(
+        "--params",
+        "params_path",
+        type=PATH,
+        help="Parameter file whose `card` states title, licence and source.  [default: nothing is stated]",
+    )(function)
+
+
+def _card_of(params_path: Path | None) -> Card:
+    return NOTHING_STATED if params_path is None else load_params(params_path).card
+
+
 @main.command()
-@click.argument("directory", type=PATH)
+@click.argument("directory", metavar="DIRECTORY|URL")
 @errors_in_one_line
-def verify(directory: Path) -> None:
-    """Check every shard against the manifest: size, sha256, columns.
+def verify(directory: str) -> None:
+    """Check every shard against the manifest: size, sha256, columns, values.
 
     Exits with 0 when all is whole, else with 1 and the names of what is wrong.
 
     Example: python -m stages.shards verify data/bss
     """
-    manifest = read_manifest(directory)
-    problems = find_problems(directory, manifest)
+    folder = folder_at(directory)
+    manifest = read_manifest(folder)
+    problems = find_problems(folder, manifest)
     for problem in problems:
         click.echo(problem, err=True)
     if problems:
-        click.echo(f"{directory}: {len(problems)} problems", err=True)
+        click.echo(f"{directory}: {counted(len(problems), 'problem')}", err=True)
         sys.exit(EXIT_FAILED)
     totals = manifest.totals
-    click.echo(f"{directory}: whole, {totals.shards} shards, {totals.samples} samples, {totals.bytes / 1e6:.1f} MB")
+    click.echo(
+        f"{directory}: whole, {counted(totals.shards, 'shard')}, {totals.samples} samples, {totals.bytes / 1e6:.1f} MB"
+    )
 
 
 @main.command()
-@click.argument("directory", type=PATH)
+@click.argument("directory", metavar="DIRECTORY|URL")
 @errors_in_one_line
-def info(directory: Path) -> None:
+def info(directory: str) -> None:
     """Describe a dataset: counts, statuses, quantiles of margin and distance, bytes.
 
     Example: python -m stages.shards info data/bss
     """
-    manifest = read_manifest(directory)
-    for name, value in _facts(directory, manifest):
+    folder = folder_at(directory)
+    manifest = read_manifest(folder)
+    for name, value in _facts(folder, manifest):
         click.echo(f"{shown(name):<26}{shown(value)}")
 
 
-def _facts(directory: Path, manifest: Manifest) -> list[tuple[str, str]]:
+def _facts(folder: Folder, manifest: Manifest) -> list[tuple[str, str]]:
     for shard in manifest.shards:
-        check_shard(directory, manifest, shard)
-    spread, totals = spread_of(directory, manifest, QUANTILES), manifest.totals
+        check_shard(folder, manifest, shard)
+    spread, totals = spread_of(folder, manifest, QUANTILES), manifest.totals
     if manifest.is_sample:
         rows = [("rows", f"{totals.rows}, drawn from all views")]
     else:
@@ -112,6 +142,11 @@ def adopt(directory: Path) -> None:
     Example: python -m stages.shards adopt data/bss
     """
     manifest = read_manifest(directory)
+    for name in ("merged", "sample"):
+        if manifest.parameters.get(name) is not None:
+            raise ShardError(
+                f"{directory}: was put together ('{name}'): the attack builds on what an attack made alone"
+            )
     with lock(WORK / "shards.lock", say):
         new = adopt_shards(directory, manifest, Store(WORK / "shards"))
     click.echo(f"adopted {directory}: {new} shards are new in the store, {manifest.totals.shards - new} were there")
@@ -120,22 +155,24 @@ def adopt(directory: Path) -> None:
 @main.command()
 @click.argument("directories", type=PATH, nargs=-1, required=True, metavar="DIRECTORY...")
 @click.option("--out", type=PATH, required=True, help="Directory for the merged dataset.")
+@card_option
 @errors_in_one_line
-def merge(directories: tuple[Path, ...], out: Path) -> None:
+def merge(directories: tuple[Path, ...], out: Path, params_path: Path | None) -> None:
     """Put the views of two or more datasets into one.
 
     They must be of the same teacher, data and parameters; attack.seed alone may differ, and should, so that the views
     do. All shards are checked first. Writes shards, with views numbered in the order given, their card (README.md and
-    croissant.json, which state nothing of licence or source), and manifest.json, whose parameters list under `merged`
-    where each view is from. A view that is there twice is taken once.
+    croissant.json), and manifest.json, whose parameters list under `merged` where each view is from. A view that is
+    there twice is taken once.
 
     Example: python -m stages.shards merge data/bss from-ann --out data/merged
     """
+    card = _card_of(params_path)
     with _lock_of(out):
-        manifest = merge_datasets(directories, out)
+        manifest = merge_datasets(directories, out, card)
     totals = manifest.totals
     click.echo(
-        f"wrote {out}: {manifest.views} views of {len(directories)} datasets, {totals.shards} shards, "
+        f"wrote {out}: {manifest.views} views of {len(directories)} datasets, {counted(totals.shards, 'shard')}, "
         f"{totals.samples} samples, {totals.bytes / 1e6:.1f} MB"
     )
 
@@ -145,20 +182,23 @@ def merge(directories: tuple[Path, ...], out: Path) -> None:
 @click.option("-n", "rows", type=int, default=1000, show_default=True, help="Rows: a view of an image each.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
 @click.option("--out", type=PATH, required=True, help="Directory for the preview.")
+@card_option
 @errors_in_one_line
-def sample(directory: Path, rows: int, seed: int, out: Path) -> None:
+def sample(directory: Path, rows: int, seed: int, out: Path, params_path: Path | None) -> None:
     """Draw rows at random, without replacement, as a preview.
 
     Writes a small dataset of one view, with all columns and `index` as they were: shards, their card (README.md and
-    croissant.json, which state nothing of licence or source), and manifest.json, whose parameters say under `sample`
-    what it was drawn from.
+    croissant.json), and manifest.json, whose parameters say under `sample` what it was drawn from.
 
     Example: python -m stages.shards sample data/bss -n 1000 --out data/preview
     """
+    card = _card_of(params_path)
     with _lock_of(out):
-        manifest = sample_rows(directory, rows, seed, out)
+        manifest = sample_rows(directory, rows, seed, out, card)
     totals = manifest.totals
-    click.echo(f"wrote {out}: {totals.rows} rows of {directory}, {totals.shards} shards, {totals.bytes / 1e6:.1f} MB")
+    click.echo(
+        f"wrote {out}: {rows} rows of {directory}, {counted(totals.shards, 'shard')}, {totals.bytes / 1e6:.1f} MB"
+    )
 
 
 @main.command()
@@ -178,12 +218,15 @@ def export(directory: Path, to: str, out: Path) -> None:
     with _lock_of(out):
         manifest = FORMATS[to](directory, out)
     size = sum(path.stat().st_size for path in out.glob("*.parquet"))
-    click.echo(f"wrote {out}: {manifest.totals.shards} files, {manifest.totals.rows} rows, {size / 1e6:.1f} MB")
+    click.echo(
+        f"wrote {out}: {counted(manifest.totals.shards, 'file')}, {manifest.totals.rows} rows, {size / 1e6:.1f} MB"
+    )
 
 
 def _lock_of(out: Path) -> AbstractContextManager[None]:
     """One process at a time may write a directory; the attack stage, which may take days, is not waited for."""
-    return lock(WORK / f"{out.resolve().name}-shards.lock", say)
+    name = hashlib.sha256(os.fsencode(out.absolute())).hexdigest()[:16]
+    return lock(WORK / f"shards-{name}.lock", say)
 
 
 if __name__ == "__main__":

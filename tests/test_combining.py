@@ -39,6 +39,7 @@ from tests.files import (
     run_stage,
     sample_dataset,
     tiny_splits,
+    write_params,
 )
 from tests.helpers import CPU
 from tests.projects import page_blocks, run_in
@@ -300,7 +301,7 @@ def test_one_dataset_is_nothing_to_merge(copy):
 @pytest.mark.parametrize("out", ["a", "b", "link"])
 def test_a_source_is_not_written_over(copy, out):
     (copy / "link").symlink_to(copy / "b")
-    assert "a dataset that is read here" in merge_refusal([copy / "a", copy / "b"], copy / out, StoreError)
+    assert "is, holds or is within what is read here" in merge_refusal([copy / "a", copy / "b"], copy / out, StoreError)
 
 
 def test_a_folder_of_somebody_else_is_not_replaced(copy):
@@ -438,7 +439,7 @@ def test_rows_and_seeds_out_of_range_are_refused(tmp_path, made, rows, seed, opt
 
 def test_a_sample_does_not_replace_what_it_is_drawn_from(copy):
     before = contents(copy)
-    with pytest.raises(StoreError, match="is a dataset that is read here"):
+    with pytest.raises(StoreError, match="is, holds or is within what is read here"):
         sample(copy / "a", 5, 0, copy / "a")
     assert contents(copy) == before
 
@@ -512,7 +513,7 @@ def assert_same_bits(values, expected):
 
 
 def extreme_shards(made, folder):
-    """A dataset whose image, delta and index go through all their bits, and whose floats include -0 and subnormals."""
+    """A dataset whose image and delta go through all their bits, and whose floats include -0 and subnormals."""
     shutil.copytree(made / "a", folder)
     manifest = read_manifest(folder)
     columns = columns_of(manifest.image_shape, 4, 2, True)
@@ -520,11 +521,20 @@ def extreme_shards(made, folder):
     generator = np.random.default_rng(0)
     values["image"] = generator.integers(0, 256, values["image"].shape, np.uint8)
     values["delta"] = generator.integers(-128, 128, values["delta"].shape, np.int8)
-    values["index"] = np.arange(2**32 - 24, 2**32, dtype=np.uint32)
+    converged = values["status"] == 0
+    values["status"][converged] = 2  # whose delta may be anything
     values["teacher_logits"][0] = [-0.0, 1e-45, np.finfo(np.float32).max, np.nextafter(np.float32(1), 2)]
     name = shard_name(0, 0)
     attributes = {"fingerprint": manifest.fingerprint, "view": 0, "block": 0}
     write_shard(folder / name, values, columns, **attributes, compression="none")
+    count = int(converged.sum())
+
+    def recount(manifest):
+        for statuses in (manifest["shards"][0]["statuses"], manifest["totals"]["statuses"]):
+            statuses["converged"] -= count
+            statuses["not_converged"] += count
+
+    change_manifest(folder, recount)
     reseal(folder, name)
     return folder
 
@@ -630,7 +640,7 @@ def test_a_shard_that_is_too_large_for_arrow_is_refused(tmp_path, made, monkeypa
 
 
 def test_a_dataset_is_not_replaced_by_its_export(copy):
-    with pytest.raises(StoreError, match=r"holds 'view-.*\.h5', which is not written here"):
+    with pytest.raises(StoreError, match=r"holds 'README\.md', which is not written here"):
         export_parquet(copy / "a", copy / "a")
 
 
@@ -722,3 +732,42 @@ def test_the_commands_of_the_page_merge_sample_and_export(copy):
     )
     assert code == 0, output
     assert "Array3D(shape=(1, 8, 8), dtype='uint8') int8 (2, 1, 8, 8)" in output
+
+
+@pytest.mark.parametrize("name", ["train.h5", "mine.parquet", "README.md"])
+def test_a_folder_of_other_files_is_not_replaced(copy, name):
+    other = copy / "other"
+    other.mkdir()
+    (other / name).write_text("mine")
+    for arguments in (
+        ("merge", copy / "a", copy / "b", "--out", other),
+        ("sample", copy / "a", "-n", 5, "--out", other),
+        ("export", copy / "a", "--out", other),
+    ):
+        result = run_stage("shards", *arguments)
+        assert result.exit_code == 1
+        assert f"{other}: holds '{name}', which is not written here: choose another folder" in result.stderr
+        assert (other / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", ["merge", "sample"])
+def test_a_card_states_what_the_parameters_say(copy, how):
+    write_params(copy / "params.yaml", {"card.licence": "CC-BY-4.0", "card.source": "somewhere"})
+    inputs = (copy / "a", copy / "b") if how == "merge" else (copy / "a", "-n", 5)
+    result = run_stage("shards", how, *inputs, "--out", copy / "new", "--params", copy / "params.yaml")
+    assert result.exit_code == 0, result.stderr
+    card = (copy / "new/README.md").read_text()
+    assert "CC-BY-4.0" in card
+    assert "somewhere" in card
+
+
+@pytest.mark.parametrize("how", ["merged", "sample"])
+def test_what_was_put_together_is_not_adopted(copy, monkeypatch, how):
+    monkeypatch.chdir(copy)
+    if how == "merged":
+        merge([copy / "a", copy / "b"], copy / "new")
+    else:
+        sample(copy / "a", 5, 0, copy / "new")
+    result = run_stage("shards", "adopt", "new")
+    assert result.exit_code == 1
+    assert f"new: was put together ('{how}')" in result.stderr

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -15,9 +16,10 @@ from h5py import h5d, h5p, h5s, h5t, h5z
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from pipeline import shard_reader
 from pipeline.byte_source import LocalFolder
 from pipeline.errors import ShardError
-from pipeline.shard_check import check_contents, check_shard
+from pipeline.shard_check import check_contents, check_shard, find_problems
 from pipeline.shard_file import open_shard
 from pipeline.shard_format import attributes_of, read_manifest, shard_name
 from pipeline.shard_reader import BoundaryShards
@@ -210,7 +212,7 @@ FILES = {
     "references": (references, "column 'label' does not hold plain numbers"),
     "compound": (compound, "column 'label' does not hold plain numbers"),
     "2^60 rows": (endless, f"column 'label' has shape ({1 << 60},)"),
-    "2^29 rows": (endless_in_one_chunk, "column 'label' has 0 of "),
+    "2^29 rows": (endless_in_one_chunk, "column 'label' has chunks (268435456,) for shape (536870912,)"),
     "no data": (nothing_written, "column 'label' is not wholly in the file"),
     "one chunk": (one_chunk, "column 'label' is stored in another way (layout 2, filters [])"),
     "bomb of 1 MB, 1 GB": (bomb(1 << 30), "column 'label' has a chunk that is not whole"),
@@ -243,6 +245,36 @@ def poke(name, place, value):
     return change
 
 
+def leave_the_image(file):
+    scale = file["delta_scale"][7, 0]
+    delta = np.where(file["image"][7] > 127, 127, -127).astype(np.int8)
+    file["delta"][7, 0] = delta
+    file["distance"][7, 0] = np.sqrt((delta.astype(np.float64) ** 2).sum()) * scale
+
+
+def leave_the_boundary(file):
+    base, target = file["label"][7], file["target"][7, 0]
+    logits = np.zeros(CLASSES, np.float32)
+    logits[base] = 3
+    logits[target] = 1
+    file["boundary_logits"][7, 0] = logits
+    file["margin"][7, 0] = 2
+
+
+def raise_a_third_class(file):
+    logits = np.full(CLASSES, 5, np.float32)
+    logits[[file["label"][7], file["target"][7, 0]]] = 1
+    file["boundary_logits"][7, 0] = logits
+    file["margin"][7, 0] = 0
+
+
+UNSOUND = {
+    "target is base": lambda file: file["target"].__setitem__(7, file["label"][7]),
+    "outside of the image": leave_the_image,
+    "off the boundary": leave_the_boundary,
+    "third class": raise_a_third_class,
+}
+
 VALUES = {
     "label too large": (poke("label", 3, CLASSES), "column 'label' holds values that are not possible"),
     "negative label": (poke("label", 3, -1), "column 'label' holds values that are not possible"),
@@ -252,6 +284,13 @@ VALUES = {
     "boundary NaN": (poke("boundary_logits", 7, np.nan), "column 'boundary_logits' holds values that are not possible"),
     "infinite scale": (poke("delta_scale", 7, np.inf), "column 'delta_scale' holds values that are not possible"),
     "negative distance": (poke("distance", 7, -1), "column 'distance' holds values that are not possible"),
+    "other index": (poke("index", 7, 6), "column 'index' holds values that are not possible"),
+    "scale NaN where nothing was found": (poke("delta_scale", 0, np.nan), "column 'delta_scale' holds values that"),
+    "target without a search": (poke("target", 0, 1), "column 'target' holds values that are not possible"),
+    "shorter perturbation": (poke("delta", 7, 0), "column 'distance' is not the length of the perturbations"),
+    "outside of the image": (None, "column 'delta' leads out of the image"),
+    "off the boundary": (None, "column 'status' says of samples that are off the boundary that they converged"),
+    "third class": (None, "column 'status' says of samples that are off the boundary that they converged"),
     "status": (poke("status", 7, 9), "column 'status' holds values that are not possible"),
     "statuses": (poke("status", 7, 2), "column 'status' does not count as the manifest says"),
     "crop": (poke("crop", 7, 99), "column 'crop' holds values that are not possible"),
@@ -266,7 +305,7 @@ def test_values_that_are_not_possible_are_refused(directory, case):
     with h5py.File(directory / NAME, "r+") as file:
         assert file["status"][7, 0] == 0
         if change is None:
-            file["target"][7] = file["label"][7]
+            UNSOUND[case](file)
         else:
             change(file)
     assert refused(directory).startswith(f"{NAME}: {expected}")
@@ -302,6 +341,13 @@ def nested(depth):
 
 
 MANIFESTS = {
+    "padding": (
+        lambda v: v["augmentation"].update(padding=10**30),
+        "padding 1000000000",
+    ),
+    "deviation": (lambda v: v.update(std=[1e-300]), "mean or deviation is out of range"),
+    "classes of one name": (lambda v: v.update(class_names=["a"] * 4), "two classes have the same name"),
+    "many numbers": (lambda v: v.update(parameters={"x": [1] * (1 << 21)}), "not a manifest: it has more lists"),
     "2^60 rows": (claim_rows, "shards.0.rows: Input should be less than or equal to 1000000"),
     "2^80 pixels": (claim_pixels, "images (1, 1099511627776, 1099511627776) of 4 classes are too large"),
     "name above": (lambda v: v["shards"][0].update(name=f"../{NAME}"), "shards.0.name: String should match"),
@@ -309,7 +355,10 @@ MANIFESTS = {
     "dtype": (lambda v: v["columns"]["delta"].__setitem__(0, "(9999,9999)i8"), "the columns are not those"),
     "many lists": (lambda v: v.update(parameters={"x": [[]] * (1 << 20)}), "not a manifest: it has more lists"),
     "many objects": (lambda v: v.update(parameters={"x": [{}] * (1 << 20)}), "not a manifest: it has more lists"),
-    "many names": (lambda v: v.update(class_names=["ab"] * (1 << 20)), "the columns are not those"),
+    "many names": (
+        lambda v: v.update(class_names=["ab"] * (1 << 20)),
+        "not a manifest: it has more lists, objects or val",
+    ),
     "not a number": (lambda v: v["parameters"].update(x=float("nan")), "not valid JSON (NaN is no number of JSON)"),
     "deep": (lambda v: v["parameters"].update(x=nested(600)), "holds what cannot be written again ("),
     "half a character": (lambda v: v["class_names"].__setitem__(0, "\ud800"), "holds what cannot be written again ("),
@@ -407,3 +456,52 @@ def metadata_of(path):
                 info = column.id.get_chunk_info(number)
                 taken[info.byte_offset : info.byte_offset + info.size] = True
     return np.flatnonzero(~taken).tolist()
+
+
+def test_a_name_that_is_a_path_is_not_followed(directory):
+    """HDF5 takes it for one, through a link out of the file."""
+    os.mkfifo(directory.parent / "outside")  # whoever opens it waits for ever
+    with h5py.File(directory / NAME) as whole, h5py.File(directory / "old", "w", libver="earliest") as file:
+        for name, value in whole.attrs.items():
+            file.attrs[name] = value
+        file["zz"] = h5py.ExternalLink(str(directory.parent / "outside"), "/")
+        file["QQQzzQlabel"] = h5py.SoftLink("/label")
+    content = (directory / "old").read_bytes()
+    assert content.count(b"QQQzzQlabel") == 1
+    (directory / NAME).write_bytes(content.replace(b"QQQzzQlabel", b".//zz/label"))
+    assert refused(directory).startswith(f"{NAME}: has a column of an impossible name, './/zz/label'")
+
+
+def test_a_name_that_moves_the_cursor_is_shown_escaped(directory):
+    with h5py.File(directory / NAME, "r+") as file:
+        file["\x1b[31mEVIL\nX"] = h5py.SoftLink("/label")
+    assert "\x1b" not in refused(directory)
+    (directory / "\x1b[31mEVIL\nX.h5").write_bytes(b"")
+    problems = find_problems(directory, read_manifest(directory))
+    assert all(problem.isprintable() for problem in problems)
+
+
+def test_an_attribute_too_many_is_refused(directory):
+    with h5py.File(directory / NAME, "r+") as file:
+        file.attrs["more"] = 1
+    assert refused(directory) == f"{NAME}: has 5 attributes, not 4"
+
+
+@pytest.mark.parametrize("name", [NAME, "manifest.json"])
+def test_a_pipe_is_not_waited_for(directory, name):
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    if name == NAME:
+        expected = f"{name}: cannot be read (it is no regular file)"
+    else:
+        expected = f"{name}: cannot be read (it is no regular file); is {directory} a sample dataset?"
+    assert refused(directory, reseal_first=False) == expected
+
+
+def test_many_threads_keep_no_more_files_open_than_one(directory, monkeypatch):
+    monkeypatch.setattr(shard_reader, "OPEN_FILES", 2)
+    shards = BoundaryShards(directory, verify=False)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(lambda _: [shards.read(shard, ["label"]) for shard in shards.manifest.shards], range(50)):
+            pass
+    assert len(shards._files) <= 2

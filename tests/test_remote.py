@@ -16,7 +16,7 @@ from pipeline.errors import ShardError
 from pipeline.provenance import ROOT
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_stream import StreamedShards
-from tests.files import flip_bit, make_missing, mislabelled, sample_dataset, tiny_splits
+from tests.files import flip_bit, make_missing, mislabelled, run_stage, sample_dataset, tiny_splits
 
 BUCKET = "samples"
 
@@ -213,7 +213,10 @@ def test_a_stream_of_some_views(folder):
     assert len(list(StreamedShards(folder, views=[1, 3]))) == 128
 
 
-@pytest.mark.parametrize("arguments", [{"views": [4]}, {"buffer_shards": 0}, {"rank": 1}, {"rank": -1}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"views": [4]}, {"views": [0, 0]}, {"views": []}, {"seed": -1}, {"buffer_shards": 0}, {"rank": 1}, {"rank": -1}],
+)
 def test_a_stream_refuses_what_is_out_of_range(folder, arguments):
     with pytest.raises(ValueError, match="expected"):
         StreamedShards(folder, **arguments)
@@ -229,3 +232,37 @@ def test_the_example_of_the_page_reads_a_url(url, monkeypatch):
     assert values["row"]["samples"].shape == (1, 1, 8, 8)
     assert values["samples"].shape == (64, 1, 8, 8)
     assert values["logits"].shape == (64, 4)
+
+
+def test_commands_look_at_a_url(url):
+    verified, described = run_stage("shards", "verify", url), run_stage("shards", "info", url)
+    assert verified.stdout.startswith(f"{url}: whole, 12 shards, 256 samples"), verified.stderr
+    assert "training images           64" in described.stdout, described.stderr
+    missing = run_stage("shards", "verify", url.replace("bss", "other"))
+    assert missing.exit_code == 1
+    assert "other/manifest.json: cannot be read" in missing.stderr
+    assert missing.stderr.count("\n") == 1
+
+
+def test_a_server_that_answers_no_range_requests_is_named(folder, monkeypatch):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        shards = BoundaryShards(f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ShardError, match=r"block-00000\.h5: .*the server does not answer range requests"):
+            shards[0]
+    finally:
+        server.shutdown()
+
+
+def test_workers_that_live_on_see_the_next_epoch(folder):
+    stream = StreamedShards(folder)
+    loader = DataLoader(stream, batch_size=None, num_workers=2, persistent_workers=True)
+    orders = []
+    for epoch in range(2):
+        stream.set_epoch(epoch)
+        orders.append(keys_of(loader))
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])

@@ -299,7 +299,7 @@ def test_more_views_make_only_the_new_ones(copy, train):
 def test_fewer_views_make_nothing_and_publish_fewer(copy, train):
     dataset = dataset_in(copy, train, {"attack.views": 1})
     assert make_missing(dataset, copy) == []
-    (copy / "bss/left-over.h5").write_bytes(b"stale")
+    (copy / "bss/view-099-block-00000.h5").write_bytes(b"stale")
     dataset.publish(copy / "bss")
     assert sorted(published(copy)) == [
         *("README.md", "croissant.json", "manifest.json"),
