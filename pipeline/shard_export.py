@@ -15,8 +15,7 @@ from pipeline.errors import ShardError, StoreError
 from pipeline.shard_check import check_shard
 from pipeline.shard_file import read_columns
 from pipeline.shard_format import MANIFEST, Column, Manifest, ShardEntry, attributes_of, columns_in_order, read_manifest
-from pipeline.shard_rewrite import check_apart
-from pipeline.storage import atomic_directory, check_replaceable, copy_file, write_atomically
+from pipeline.storage import atomic_directory, check_apart, check_replaceable, copy_file, write_atomically
 
 if TYPE_CHECKING:
     import pyarrow

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.card import BESIDE, PUBLISHED, write_card
 from pipeline.config import Card
-from pipeline.errors import ShardError, StoreError, shown
+from pipeline.errors import ShardError, shown
 from pipeline.shard_file import read_columns
 from pipeline.shard_format import (
     DIGEST,
@@ -27,7 +27,7 @@ from pipeline.shard_format import (
     totals_of,
 )
 from pipeline.shard_writer import write_shard
-from pipeline.storage import check_replaceable, file_digest, write_atomically
+from pipeline.storage import check_apart, check_replaceable, file_digest, write_atomically
 
 Columns = dict[str, NDArray[Any]]
 
@@ -69,19 +69,6 @@ def check_out(out: Path, directories: Sequence[Path]) -> None:
     """
     check_replaceable(out, *PUBLISHED, beside=BESIDE)
     check_apart(out, directories)
-
-
-def check_apart(out: Path, directories: Sequence[Path]) -> None:
-    """Refuse a folder that holds what is read, or is within it.
-
-    Raises:
-        StoreError: names the two.
-    """
-    place = out.resolve()
-    for directory in directories:
-        source = directory.resolve()
-        if place.is_relative_to(source) or source.is_relative_to(place):
-            raise StoreError(f"{out}: is, holds or is within what is read here ({directory}): choose another folder")
 
 
 def read_whole(directory: Path) -> WholeDataset:

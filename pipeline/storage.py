@@ -179,6 +179,19 @@ def check_replaceable(path: Path, *owned: str, beside: Sequence[str] = ()) -> No
             raise StoreError(f"{path}: holds '{shown(min(others))}', which is not written here: choose another folder")
 
 
+def check_apart(out: Path, directories: Sequence[Path]) -> None:
+    """Refuse a folder that holds what is read, or is within it.
+
+    Raises:
+        StoreError: names the two.
+    """
+    place = out.resolve()
+    for directory in directories:
+        source = directory.resolve()
+        if place.is_relative_to(source) or source.is_relative_to(place):
+            raise StoreError(f"{out}: is, holds or is within what is read here ({directory}): choose another folder")
+
+
 def _remove(path: Path) -> None:
     """Remove a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -8,7 +8,7 @@ from pipeline.provenance import ROOT, closure_of, imported_by, path_of
 # Modules import only from layers above their own in this list.
 LAYERS = (
     {"errors", "status", "networks", "provenance", "losses", "similarity", "resnet"},
-    {"metrics", "storage", "config", "views", "projection", "image_files", "forks", "byte_source"},
+    {"metrics", "shard_layout", "storage", "config", "views", "projection", "image_files", "forks", "byte_source"},
     {"shard_format", "shard_file", "runtime", "data", "datasets", "presets", "models", "reporting", "boundary"},
     {
         "preparation",

@@ -149,3 +149,18 @@ def test_the_command_prints_what_changed(params):
     assert result.stdout.splitlines() == [f"{params}: nothing to change"]
     assert run_stage("configure", "--params", params, "attack.views=0").exit_code == 2
     assert YAML(typ="safe").load(params)["attack"]["views"] == 16
+
+
+@pytest.mark.parametrize(
+    ("overlays", "told"),
+    [
+        (["dataset.name=mnist"], True),
+        (["dataset.name=mnist", "card.source=elsewhere"], False),
+        ([str(ROOT / "presets/mnist.yaml")], False),
+        (["attack.views=3"], False),
+    ],
+)
+def test_a_card_that_describes_another_dataset_is_told(params, overlays, told):
+    result = run_stage("configure", *overlays, "--params", params)
+    assert result.exit_code == 0, result.stderr
+    assert ("note: `card` still describes the dataset before" in result.stderr) == told
