@@ -230,8 +230,10 @@ def test_the_example_of_the_page_reads_a_url(url, monkeypatch):
     values = {}
     exec(example, values)
     assert values["row"]["samples"].shape == (1, 1, 8, 8)
-    assert values["samples"].shape == (64, 1, 8, 8)
-    assert values["logits"].shape == (64, 4)
+    found = int(values["found"].sum())
+    assert found > 0
+    assert values["samples"].shape == (found, 1, 8, 8)
+    assert values["logits"].shape == (found, 4)
 
 
 def test_commands_look_at_a_url(url):
