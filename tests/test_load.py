@@ -14,6 +14,7 @@ from pipeline.attack_run import SampleDataset
 from pipeline.provenance import ROOT
 from pipeline.shard_format import columns_of
 from pipeline.shard_reader import BoundaryShards
+from pipeline.status import Status
 from pipeline.storage import Store, file_digest
 from pipeline.weights import save_weights
 from tests.files import tiny_params, tiny_teacher
@@ -26,7 +27,7 @@ SHAPE, CLASSES = (3, 8, 8), 10
 
 
 def values_of(view, start):
-    """Random columns of a block of rows, which follow from view and row."""
+    """Random columns of a block of rows, which follow from view and row: searches that did not converge."""
     generator = np.random.default_rng((view, start))
     values = {}
     for name, column in columns_of(SHAPE, CLASSES, 1, embed_images=True).items():
@@ -36,6 +37,11 @@ def values_of(view, start):
         else:
             values[name] = generator.integers(0, 100, shape).astype(column.dtype)
     values["index"] = np.arange(start, start + BLOCK, dtype=np.uint32)
+    values["label"] %= CLASSES
+    values["target"] = ((values["label"][:, None] + 1) % CLASSES).astype(np.int16)
+    values["crop"] %= 3
+    values["flip"][:] = 0
+    values["status"][:] = Status.NOT_CONVERGED
     return values
 
 

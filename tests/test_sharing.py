@@ -232,7 +232,7 @@ def test_a_flipped_byte_passes_dvc_and_not_verify(in_directory, tmp_path):
     said = in_directory.run(clone, unnoticed, code=1)
     assert " fetched" in said  # so DVC ended well, and the next command was reached
     assert f"{name}: its sha256 is not the manifest's" in said
-    assert "1 problems" in said
+    assert "1 problem\n" in said
 
     careful = in_directory.clone(tmp_path / "careful")
     said = in_directory.run(careful, noticed, code=1)
