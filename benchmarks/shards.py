@@ -224,7 +224,7 @@ def _stage(project: Path, *options: str) -> Ran:
     while process.poll() is None:
         peak = max(peak, _memory(process.pid))
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.25)
+            process.wait(2)  # to look at its memory takes a tenth of a second
     if process.returncode:
         raise click.ClickException(f"the attack in {project} failed")
     return Ran(time.perf_counter() - begin, peak)
