@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -32,14 +32,15 @@ from pipeline.attack_run import SampleDataset
 from pipeline.batches import Batch, FreshSource, Source
 from pipeline.boundary import SearchResult, logits_in_batches, margin_of
 from pipeline.config import Params
-from pipeline.methods import LOSSES
+from pipeline.methods.table import TERMS
 from pipeline.models import build
+from pipeline.objective import Moment, Objective
 from pipeline.online_source import OnlineSource
 from pipeline.projection import as_ray, row_sum
 from pipeline.runtime import make_fabric, search_batch, side_by_side
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
-from pipeline.status import Status
+from pipeline.status import Status, usable
 from pipeline.storage import Store, file_digest
 from pipeline.teacher import architecture_for
 from pipeline.training import _Run
@@ -52,7 +53,9 @@ STUDENTS = (1, 2, 4, 8)
 class PlainSearch(Search):
     """The rule of Heo et al. (2019) as their code runs it in the training loop, in the place of our search."""
 
-    def find(self, images: Tensor, base: Tensor, target: Tensor, logits: Tensor) -> SearchResult:
+    def find(
+        self, images: Tensor, base: Tensor, target: Tensor, logits: Tensor, draw: Sequence[int] = ()
+    ) -> SearchResult:
         """Samples far past the boundary, all of them taken, as in their code."""
         todo = Searches(self.teacher, images, base, target, logits)
         with torch.enable_grad():
@@ -63,7 +66,9 @@ class PlainSearch(Search):
         counts = torch.zeros_like(base, dtype=torch.int32)
         status = torch.full_like(base, Status.CONVERGED, dtype=torch.uint8)
         distance = row_sum((samples - images).square()).sqrt()
-        return SearchResult(direction, scale, logits, margin_of(logits, base, target), distance, status, counts, counts)
+        return SearchResult(
+            direction, scale, logits, margin_of(logits, base, target), distance, status, counts, counts, target
+        )
 
 
 class OneBatch:
@@ -127,37 +132,32 @@ def epochs_of_sources(
     fresh = FreshSource(train, 4, True, 0, BATCH, device)
     plain = PlainSearch(teacher, params.attack, params.dataset, device, batch)
     from_shards = partial(ShardSource, shards, 0, BATCH, device)
-    steps = images // BATCH
+    steps, on_boundary = images // BATCH, usable(converged_only=True)
     sources: dict[str, tuple[str, Source]] = {
-        "bss, shards resident": ("bss", from_shards(True, resident=True)),
-        "bss, shards streamed": ("bss", from_shards(True, resident=False)),
-        "bss, one batch at hand": ("bss", OneBatch(from_shards(True, resident=True), steps)),
-        "bss, our search in the loop": ("bss", OnlineSource(fresh, search)),
-        "bss, the paper's rule in the loop": ("bss", OnlineSource(fresh, plain)),
-        "hinton, shards resident": ("hinton", from_shards(False, resident=True)),
-        "hinton, teacher in the loop": ("hinton", OnlineSource(fresh, search)),
+        "bss, shards resident": ("bss", from_shards(on_boundary, resident=True)),
+        "bss, shards streamed": ("bss", from_shards(on_boundary, resident=False)),
+        "bss, one batch at hand": ("bss", OneBatch(from_shards(on_boundary, resident=True), steps)),
+        "bss, our search in the loop": ("bss", OnlineSource(fresh, search, on_boundary)),
+        "bss, the paper's rule in the loop": ("bss", OnlineSource(fresh, plain, usable(converged_only=False))),
+        "hinton, shards resident": ("hinton", from_shards((), resident=True)),
+        "hinton, teacher in the loop": ("hinton", OnlineSource(fresh, search, on_boundary)),
         "original": ("original", fresh),
     }
     torch.manual_seed(0)
-    fits = {
-        name: _Run(fabric, build(architecture_for(student, train)), params.training, folder / "checkpoint.pt")
-        for name in sources
-    }
+    fits = {}
+    for name, (method, _) in sources.items():
+        network = build(architecture_for(student, train))
+        objective = Objective(network, params.method[method].losses, TERMS)
+        fits[name] = _Run(fabric, network, objective, params.training, folder / "checkpoint.pt")
+    start = Moment(first_stage=False, epoch=0, epochs=params.training.epochs)
     times: dict[str, list[float]] = {name: [] for name in sources}
     for run in tqdm(range(runs + 1), unit="epoch of each", disable=None):
-        for name, (method, source) in sources.items():
-            loss = LOSSES[method]
-            step = partial(_loss, loss, params)
-            seconds_each, _ = seconds_of(partial(fits[name]._epoch, source, step, 0), device)
+        for name, (_, source) in sources.items():
+            seconds_each, _ = seconds_of(partial(fits[name]._epoch, source, 0, start), device)
             if run:  # the first one warms up
                 times[name].append(images / seconds_each)
     attack = {"name": "attack", "views_per_second": images * params.attack.views / seconds}
     return [{"name": name, "epoch": Spread.of(values)._asdict()} for name, values in times.items()] + [attack]
-
-
-def _loss(loss: Any, params: Params, model: Any, batch: Batch, progress: float) -> Tensor:
-    value: Tensor = loss(model, batch, params.distillation, progress)
-    return value
 
 
 def _row(record: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 from pipeline.boundary import SearchResult, logits_in_batches
 from pipeline.config import Attack, Dataset
 from pipeline.data import Prepared
+from pipeline.deepfool import deepfool
 from pipeline.heo2019 import heo2019
 from pipeline.models import Classifier, folded, halved, placed
 from pipeline.newton import newton
+from pipeline.one_step import one_step
 from pipeline.runtime import one_cpu_thread
 from pipeline.status import Status
 from pipeline.views import Stream, apply_views, draw_views, uniforms
@@ -44,8 +47,9 @@ class Search:
     ) -> None:
         self.teacher = placed(teacher, device).eval().requires_grad_(False)
         self.attack, self.dataset, self.device, self.batch_size = attack, dataset, device, batch_size
-        # Gradients come from a faster copy of the network; what is recorded comes from the network itself.
-        self.fast = folded(self.teacher) if attack.search == "heo2019" else halved(folded(self.teacher))
+        # Gradients come from a faster copy of the network; what is recorded comes from the network itself. The searches
+        # that are here for comparison get them in float32.
+        self.fast = halved(folded(self.teacher)) if attack.search == "newton" else folded(self.teacher)
 
     @one_cpu_thread()
     @torch.no_grad()
@@ -84,13 +88,19 @@ class Search:
             "evaluations": np.zeros((block.rows, attack.targets), np.uint16),
         }
         if correct.any():
-            self._search_into(values, images, torch.from_numpy(logits), correct)
+            draw = (attack.seed, block.view, block.start)
+            self._search_into(values, images, torch.from_numpy(logits), correct, draw)
         if not attack.embed_images:
             del values["image"]
         return values
 
     def _search_into(
-        self, values: dict[str, NDArray[Any]], images: Tensor, logits: Tensor, correct: NDArray[np.bool_]
+        self,
+        values: dict[str, NDArray[Any]],
+        images: Tensor,
+        logits: Tensor,
+        correct: NDArray[np.bool_],
+        draw: Sequence[int],
     ) -> None:
         """Fill in what a search finds for the rows that the teacher classifies correctly, all targets at once."""
         base = torch.from_numpy(values["label"][correct]).to(self.device)
@@ -101,8 +111,10 @@ class Search:
             base.repeat_interleave(count),
             target.flatten(),
             logits[torch.from_numpy(correct)].to(self.device).repeat_interleave(count, 0),
+            draw,
         )
         found = {
+            "target": result.target,
             "delta": result.direction,
             "delta_scale": result.scale,
             "boundary_logits": result.logits,
@@ -122,18 +134,32 @@ class Search:
             lost
         ]
 
-    def find(self, images: Tensor, base: Tensor, target: Tensor, logits: Tensor) -> SearchResult:
-        """Search as the parameters say; shapes as in `pipeline.newton.newton`, logits of the teacher."""
+    def find(
+        self, images: Tensor, base: Tensor, target: Tensor, logits: Tensor, draw: Sequence[int] = ()
+    ) -> SearchResult:
+        """Search as the parameters say.
+
+        Args:
+            images, base, target, logits: as in `pipeline.newton.newton`; logits are the teacher's.
+            draw: what random noise follows from, in a search that is none.
+        """
+        attack = self.attack
+        arguments = (self.fast, images, base, target)
         options: dict[str, Any] = {
-            "tolerance": self.attack.tolerance,
+            "tolerance": attack.tolerance,
             "batch_size": self.batch_size,
             "reference": self.teacher,
         }
-        if self.attack.search == "heo2019":
-            return heo2019(self.fast, images, base, target, mean=self.teacher.mean, std=self.teacher.std, **options)
-        return newton(
-            self.fast, images, base, target, max_gradients=self.attack.max_gradients, logits=logits, **options
-        )
+        if attack.search in ("heo2019", "heo2019_probabilities"):
+            options |= {"mean": self.teacher.mean, "std": self.teacher.std}
+            return heo2019(*arguments, probabilities=attack.search == "heo2019_probabilities", **options)
+        if attack.search == "deepfool":
+            return deepfool(*arguments, **options)
+        options |= {"max_gradients": attack.max_gradients, "logits": logits}
+        if attack.search == "newton":
+            return newton(*arguments, **options)
+        direction: Literal["fgsm", "random"] = "fgsm" if attack.search == "fgsm" else "random"
+        return one_step(*arguments, direction=direction, draw=draw, **options)
 
 
 def draw_targets(

@@ -38,6 +38,8 @@ class SearchResult(NamedTuple):
     """(R,) int32, gradient evaluations."""
     forwards: Tensor
     """(R,) int32, forward passes without a gradient, the final judgement included."""
+    target: Tensor
+    """(R,) int64, the class on the other side: as asked for, or of an untargeted search the one that it came to."""
 
     @property
     def perturbation(self) -> Tensor:
@@ -126,4 +128,5 @@ def judged(
         torch.where(status == Status.CONVERGED, judge(logits, base, target, tolerance), status),
         gradients,
         forwards,
+        target,
     )

@@ -6,7 +6,7 @@ Anything unknown, of the wrong type or out of range is refused by name before an
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -100,7 +100,9 @@ class Teacher(Section):
 class Attack(Section):
     """The search for boundary-supporting samples and how they are stored."""
 
-    search: Literal["newton", "heo2019"]
+    search: Literal["newton", "heo2019", "heo2019_probabilities", "deepfool", "fgsm", "random"] = Field(
+        description="newton; the others are for comparison, and few or none of their samples are on the boundary"
+    )
     views: Count = Field(description="views of every training image")
     targets: Count = Field(description="target classes per view")
     seed: Seed = Field(description="of views and target classes: one draw of the dataset")
@@ -109,6 +111,12 @@ class Attack(Section):
     rows_per_shard: Annotated[int, Field(ge=1, le=1_000_000)]
     embed_images: bool = Field(description="store the views, so that students need no prepared data")
     compression: Literal["none", "gzip"]
+
+    @model_validator(mode="after")
+    def _targets_fit(self) -> Attack:
+        if self.search == "deepfool" and self.targets > 1:
+            raise ValueError("search 'deepfool' goes to the nearest class, so it takes 'targets' 1")
+        return self
 
 
 class Card(Section):
@@ -121,31 +129,111 @@ class Card(Section):
     url: Annotated[Line, Field(pattern=r"^https?://\S+$")] | None = Field(description="where the samples are published")
 
 
-class Method(Section):
-    """One column of the comparison: a way to train a student, and where its inputs come from."""
+class Hinton(Section):
+    """Softened outputs of the teacher (Hinton et al., 2015), without the factor T^2, as in the code of Heo et al."""
 
-    algorithm: Literal["original", "hinton", "bss"]
-    source: Literal["fresh", "shards", "online"] = Field(
-        description="fresh augmentation, published shards, or fresh augmentation with the teacher in the loop"
-    )
+    temperature: Positive
+    start: NotNegative = Field(description="weight at the start of training")
+    end: NotNegative = Field(description="weight at the end, linear in between")
+
+
+class Bss(Section):
+    """Softened outputs of the teacher on boundary-supporting samples (Heo et al., 2019)."""
+
+    temperature: Positive
+    start: NotNegative = Field(description="weight at the start of training")
+    zero_at: Annotated[float, Field(gt=0, le=1)] = Field(description="progress of training at which the weight is 0")
+    fraction: Annotated[float, Field(gt=0, le=1)] = Field(description="of the batch, at most, in this loss")
+    moves_statistics: bool = Field(description="the samples move batch norm's running statistics")
+    converged_only: bool = Field(description="leave out samples that are not on the boundary")
+
+
+class Layers(Section):
+    """Features of student and teacher that are compared: outputs of named layers, pair by pair."""
+
+    student_layers: Annotated[list[str], Field(min_length=1)]
+    teacher_layers: Annotated[list[str], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _source_fits(self) -> Method:
-        if (self.source == "fresh") != (self.algorithm == "original"):
-            raise ValueError("'original' takes source 'fresh', the other algorithms take 'shards' or 'online'")
+    def _layers_are_pairs(self) -> Layers:
+        if len(self.student_layers) != len(self.teacher_layers):
+            raise ValueError("'student_layers' and 'teacher_layers' name as many layers, pair by pair")
         return self
 
 
-class Distillation(Section):
-    """Weights of the losses; progress e / E runs from 0 to 1 over training."""
+class FitNet(Layers):
+    """Hints: the teacher's features by regression, in a first stage of its own (Romero et al., 2015)."""
+
+    first_stage: Fraction = Field(description="of the epochs, spent on this loss alone")
+
+
+class At(Layers):
+    """Activation-based attention maps (Zagoruyko and Komodakis, 2017)."""
+
+    weight: Positive
+
+
+class Fsp(Layers):
+    """Flow of the solution procedure, in a first stage of its own (Yim et al., 2017)."""
+
+    first_stage: Fraction = Field(description="of the epochs, spent on this loss alone")
+    weight: Positive
+
+    @model_validator(mode="after")
+    def _layers_make_a_flow(self) -> Fsp:
+        if len(self.student_layers) < 2:
+            raise ValueError("'student_layers' names at least two layers: the flow is from each to the next one")
+        return self
+
+
+class Dkd(Section):
+    """Decoupled distillation of the label's class and of the others (Zhao et al., 2022)."""
 
     temperature: Positive
-    hinton_start: NotNegative = Field(description="alpha at the start")
-    hinton_end: NotNegative = Field(description="alpha at the end, linear in between")
-    boundary_start: NotNegative = Field(description="beta at the start")
-    boundary_zero_at: Annotated[float, Field(gt=0, le=1)] = Field(description="progress at which beta reaches 0")
-    boundary_fraction: Annotated[float, Field(gt=0, le=1)] = Field(description="of the batch, at most, in that loss")
-    boundary_moves_statistics: bool = Field(description="boundary samples move batch norm's running statistics")
+    target: NotNegative = Field(description="weight of the label's class against all others, alpha in the paper")
+    non_target: NotNegative = Field(description="weight of the other classes among themselves, beta in the paper")
+    warm_up: Annotated[float, Field(ge=0, le=1)] = Field(description="progress of training at which both are whole")
+
+
+class Rkd(Layers):
+    """Distances and angles between the embeddings of a batch (Park et al., 2019)."""
+
+    distance: NotNegative = Field(description="weight of the distances")
+    angle: NotNegative = Field(description="weight of the angles")
+
+
+class Method(Section):
+    """A way to train a student: cross-entropy with the labels and the losses that are named, from one source."""
+
+    source: Literal["fresh", "shards", "online"] = Field(
+        description="fresh augmentation, published shards, or fresh augmentation with the teacher in the loop"
+    )
+    hinton: Hinton | None = None
+    bss: Bss | None = None
+    fitnet: FitNet | None = None
+    at: At | None = None
+    fsp: Fsp | None = None
+    dkd: Dkd | None = None
+    rkd: Rkd | None = None
+
+    @property
+    def losses(self) -> dict[str, Section]:
+        """The parameters of each loss beside cross-entropy, by name."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in values.items() if isinstance(value, Section)}
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the teacher itself must be at hand, and not its logits alone."""
+        return any(isinstance(loss, Layers) for loss in self.losses.values())
+
+    @model_validator(mode="after")
+    def _source_and_losses_fit(self) -> Method:
+        if (self.source == "fresh") != (not self.losses):
+            raise ValueError("source 'fresh' is for a method without losses, others take 'shards' or 'online'")
+        if self.fitnet and self.fsp:
+            raise ValueError("'fitnet' and 'fsp' both want a first stage of their own: take one of them")
+        return self
 
 
 class Evaluation(Section):
@@ -178,7 +266,6 @@ class Params(Section):
     seeds: Count = Field(description="runs of each student and method")
     method: dict[Name, Method]
     training: Training = Field(description="of the students")
-    distillation: Distillation
     evaluation: Evaluation
     runtime: Runtime
 
@@ -234,12 +321,13 @@ def _in_words(error: Any) -> str:
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     """The parameters that exist in a section."""
-    if location[:1] == ("method",):
-        return sorted(Method.model_fields)
     model: type[Section] = Params
     for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, Section)
-        model = annotation
+        if model is Params and part == "method":
+            model = Method
+            continue
+        if model is Method and part not in Method.model_fields:  # the name of a method
+            continue
+        kinds = get_args(model.model_fields[str(part)].annotation) or (model.model_fields[str(part)].annotation,)
+        (model,) = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section))
     return sorted(model.model_fields)

@@ -18,25 +18,30 @@ from pipeline.views import Stream, uniforms
 class OnlineSource:
     """Fresh views with the teacher and its boundary search in the loop: the paper's algorithm, for reference."""
 
-    def __init__(self, fresh: FreshSource, search: Search) -> None:
-        self.rows, self.fresh, self.search = fresh.rows, fresh, search
+    def __init__(self, fresh: FreshSource, search: Search, statuses: tuple[Status, ...]) -> None:
+        self.rows, self.fresh, self.search, self.statuses = fresh.rows, fresh, search, statuses
 
     @torch.no_grad()
     def epoch(self, epoch: int) -> Iterator[Batch]:
         classes = self.search.teacher.architecture.classes
         noise = uniforms(self.fresh.seed, Stream.FRESH_TARGETS, epoch, 0, self.rows, classes)
-        for index, batch in self.fresh.indexed(epoch):
+        for step, (index, batch) in enumerate(self.fresh.indexed(epoch)):
             logits = self.search.teacher(batch.images)
+            draw = (self.fresh.seed, epoch, step)
 
             def boundary(
-                rows: Tensor, batch: Batch = batch, logits: Tensor = logits, noise: NDArray[np.float64] = noise[index]
+                rows: Tensor,
+                batch: Batch = batch,
+                logits: Tensor = logits,
+                noise: NDArray[np.float64] = noise[index],
+                draw: tuple[int, ...] = draw,
             ) -> BoundaryBatch:
                 labels = batch.labels[rows]
                 at = rows.cpu().numpy()
                 target = draw_targets(logits[rows].cpu().numpy(), labels.cpu().numpy(), noise[at], 1)[:, 0]
                 images = batch.images[rows]
-                found = self.search.find(images, labels, torch.from_numpy(target).to(labels.device), logits[rows])
-                usable = found.status == Status.CONVERGED
+                found = self.search.find(images, labels, torch.from_numpy(target).to(labels.device), logits[rows], draw)
+                usable = torch.stack([found.status == wanted for wanted in self.statuses]).any(0)
                 return BoundaryBatch(images + found.perturbation, found.logits, usable)
 
             usable = torch.ones_like(batch.labels, dtype=torch.bool)

@@ -72,6 +72,17 @@ def choose_by_class(labels: NDArray[np.int64], count: int, seed: int) -> NDArray
     return np.sort(np.concatenate([each[:number] for each, number in zip(rows, taken, strict=True)]))
 
 
+def part_by_class(train: Prepared, fraction: float, seed: int) -> Prepared:
+    """A training split of a fraction of the images, with the classes in proportion, and its own statistics."""
+    if fraction == 1:
+        return train
+    rows = choose_by_class(train.labels, max(1, round(fraction * len(train.labels))), seed)
+    images, labels = np.ascontiguousarray(train.images[rows]), train.labels[rows]
+    mean, std = channel_statistics([images])
+    digest = content_digest([images], images.shape[1:], labels, train.class_names)
+    return Prepared(images, labels, train.class_names, mean, std, digest)
+
+
 def split(source: Source, dataset: Dataset) -> dict[str, Part]:
     """The train, validation and test parts; those that the dataset does not have are split off its training part.
 

@@ -150,7 +150,8 @@ def _attack_parameter(manifest: Manifest, name: str) -> Any:
 
 def _check_samples(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> None:
     """Refuse perturbations that are not as long as `distance` says, and samples that are no images."""
-    bounded = _attack_parameter(manifest, "search") != "heo2019"  # which leaves the box [0, 1]
+    # The rule of Heo et al. leaves the box [0, 1].
+    bounded = not str(_attack_parameter(manifest, "search")).startswith("heo2019")
     step = max(1, BLOCK_BYTES // (4 * manifest.targets * prod(manifest.image_shape)))
     for first in range(0, shard.rows, step):
         rows = {name: file.read(name, first, first + step) for name in SAMPLES if name in manifest.columns}

@@ -60,7 +60,8 @@ class ShardSource:
         seed: of order and choice of views.
         batch_size: rows of a batch.
         device: where batches are needed.
-        with_boundary: whether boundary-supporting samples are needed.
+        statuses: how the searches of the boundary-supporting samples that are used may have ended; none are read
+            without any.
         train: the prepared training split, needed when the shards do not embed their images.
         resident: keep all shards on the device; by default, if they fit.
     """
@@ -71,16 +72,16 @@ class ShardSource:
         seed: int,
         batch_size: int,
         device: torch.device,
-        with_boundary: bool,
+        statuses: tuple[Status, ...] = (),
         train: Prepared | None = None,
         resident: bool | None = None,
     ) -> None:
         self.shards, self.seed, self.batch_size, self.device = shards, seed, batch_size, device
         self.rows = shards.manifest.rows
-        self.train = train
+        self.train, self.statuses = train, statuses
         self.columns = ["label", "teacher_logits"]
         self.columns += ["image"] if "image" in shards.manifest.columns else ["index", "crop", "flip"]
-        if with_boundary:
+        if statuses:
             self.columns += ["status", "delta", "delta_scale", "boundary_logits"]
         if "index" in self.columns:
             self._check_train()
@@ -136,22 +137,23 @@ class ShardSource:
         labels, logits = columns["label"][rows], columns["teacher_logits"][rows]
         if "status" not in columns:
             return Batch(images, labels, logits)
-        converged = columns["status"][rows] == Status.CONVERGED
-        # With several targets, one of the converged ones is taken, at random.
-        noise = torch.from_numpy(generator.random(converged.shape, np.float32)).to(self.device)
-        choice = torch.where(converged, noise, -1.0).argmax(1)
+        status = columns["status"][rows]
+        usable = torch.stack([status == wanted for wanted in self.statuses]).any(0)
+        # With several targets, one of the usable ones is taken, at random.
+        noise = torch.from_numpy(generator.random(usable.shape, np.float32)).to(self.device)
+        choice = torch.where(usable, noise, -1.0).argmax(1)
 
         def boundary(chosen: Tensor) -> BoundaryBatch:
             at = (rows[chosen], choice[chosen])
-            usable = converged[chosen].any(1)
+            found = usable[chosen].any(1)
             # Fillers go through the network too: with their image and its logits, which are finite.
-            scale = torch.where(usable, columns["delta_scale"][at], 0)
+            scale = torch.where(found, columns["delta_scale"][at], 0)
             samples = samples_of(columns["image"][at[0]], columns["delta"][at], scale)
             return BoundaryBatch(
-                samples, torch.where(usable[:, None], columns["boundary_logits"][at], logits[chosen]), usable
+                samples, torch.where(found[:, None], columns["boundary_logits"][at], logits[chosen]), found
             )
 
-        return Batch(images, labels, logits, converged.any(1), boundary)
+        return Batch(images, labels, logits, usable.any(1), boundary)
 
     def _read(self, shards: list[ShardEntry]) -> dict[str, Tensor]:
         parts = [self.shards.read(shard, self.columns) for shard in shards]

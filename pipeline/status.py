@@ -4,10 +4,16 @@ from enum import IntEnum
 
 
 class Status(IntEnum):
-    """Values of the shard column `status`; only CONVERGED samples are used in training."""
+    """Values of the shard column `status`; samples other than CONVERGED are used in training only when asked for."""
 
     CONVERGED = 0
     BASE_MISCLASSIFIED = 1
     NOT_CONVERGED = 2
     THIRD_CLASS = 3
     BAD_GRADIENT = 4
+
+
+def usable(converged_only: bool) -> tuple[Status, ...]:
+    """How the search of a sample may have ended that is used in training."""
+    on_boundary = (Status.CONVERGED,)
+    return on_boundary if converged_only else (*on_boundary, Status.NOT_CONVERGED, Status.THIRD_CLASS)

@@ -7,28 +7,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from pipeline.attack import Search
-from pipeline.batches import Batch, FreshSource, Source
+from pipeline.batches import FreshSource, Source
 from pipeline.config import Params, Runtime
 from pipeline.data import Prepared, read_prepared, read_validation
 from pipeline.errors import DataError
 from pipeline.forks import run_in_forks
-from pipeline.methods import LOSSES
-from pipeline.models import Architecture
+from pipeline.methods.table import TERMS
+from pipeline.models import Architecture, Classifier, build, placed
+from pipeline.objective import Objective
 from pipeline.online_source import OnlineSource
 from pipeline.provenance import code_digest, fingerprint
 from pipeline.runtime import Processes, cpu_threads, search_batch, side_by_side
 from pipeline.shard_format import manifest_digest
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
-from pipeline.storage import Store
+from pipeline.status import Status, usable
+from pipeline.storage import Store, file_digest
 from pipeline.teacher import architecture_for, load_with_digest
 from pipeline.training import Fit, find_fit, fit, processes_of
+from pipeline.weights import load_weights
 
 # The modules that decide what a fit gives: an edit to one of them makes finished fits invalid.
-CODE = ("pipeline.methods", "pipeline.runtime", "pipeline.teacher", "pipeline.training")
+CODE = ("pipeline.runtime", "pipeline.teacher", "pipeline.training")
 SOURCE_CODE = {
     "fresh": "pipeline.batches",
     "shards": "pipeline.shard_source",
@@ -43,6 +45,7 @@ class Inputs(NamedTuple):
     validation: Prepared | None
     shards: BoundaryShards | None
     teacher: Path | None
+    """Read by the methods that need it."""
 
 
 class InputPaths(NamedTuple):
@@ -75,7 +78,7 @@ class InputPaths(NamedTuple):
             train=read_prepared(train) if needed or train.exists() else None,
             validation=read_validation(validation) if needed or validation.exists() else None,
             shards=BoundaryShards(self.shards) if source == "shards" else None,
-            teacher=self.teacher if source == "online" else None,
+            teacher=self.teacher,
         )
 
 
@@ -100,12 +103,10 @@ class StudentRun:
         self.params, self.inputs, self.processes, self.store = params, inputs, processes, store
         self.name = f"{student}-{method}"
         self.method = params.method[method]
-        self.reads: dict[str, Any] = {"method": self.method.model_dump(), "training": params.training.model_dump()}
-        if self.method.algorithm != "original":
-            distillation = params.distillation.model_dump()
-            if self.method.algorithm != "bss":
-                distillation = {key: value for key, value in distillation.items() if not key.startswith("boundary")}
-            self.reads["distillation"] = distillation
+        self.reads: dict[str, Any] = {
+            "method": self.method.model_dump(exclude_none=True),
+            "training": params.training.model_dump(),
+        }
         if self.method.source == "shards":
             shards = self._need(inputs.shards, "a sample dataset")
             self.reads["shards"] = manifest_digest(shards.manifest)
@@ -113,6 +114,8 @@ class StudentRun:
             self.architecture = Architecture(
                 student, len(manifest.class_names), manifest.image_shape, tuple(manifest.mean), tuple(manifest.std)
             )
+            if self.method.reads_features:
+                self._teacher_of(shards)
         else:
             train = self._need(inputs.train, "prepared training data")
             self.architecture = architecture_for(student, train)
@@ -121,13 +124,46 @@ class StudentRun:
         if self.method.source == "online":
             path = self._need(inputs.teacher, "a teacher")
             self._teacher, self.reads["teacher"] = load_with_digest(path, train, "teacher")
-            if self.method.algorithm == "bss":
+            if self.method.bss:
                 self.reads["search"] = params.attack.model_dump(include={"search", "tolerance", "max_gradients"})
         if inputs.validation is not None:
             self._check_validation(inputs.validation)
             self.reads["validation"] = inputs.validation.digest  # in the curve only
-        self.reads["code"] = code_digest(*CODE, SOURCE_CODE[self.method.source], alone=("pipeline.student_run",))
+        code = [*CODE, SOURCE_CODE[self.method.source], *(f"pipeline.methods.{name}" for name in self.method.losses)]
+        self.reads["code"] = code_digest(*code, alone=("pipeline.student_run",))
         self._shard_source: ShardSource | None = None
+        if self.method.reads_features:
+            self._check_features()
+
+    def _teacher_of(self, shards: BoundaryShards) -> None:
+        """The teacher itself, for its features; it must be the one that the samples are of."""
+        path = self._need(self.inputs.teacher, "a teacher")
+        if not path.is_file():
+            raise DataError(
+                f"{path}: no such file, and {self.name} reads the teacher's features, which are not in the shards: put "
+                "the teacher of the samples there, or take a method that reads logits alone, as hinton, dkd or bss"
+            )
+        digest = file_digest(path)
+        if digest != shards.manifest.digests.teacher:
+            raise DataError(
+                f"{path}: not the teacher of the samples in {shards.directory}, and {self.name} reads its features: "
+                "take the teacher that they were made with, or make samples of this one with python -m stages.attack"
+            )
+        self._teacher, self.reads["teacher"] = load_weights(path), digest
+
+    def _check_features(self) -> None:
+        """Refuse layers that do not exist or do not match, before hours are spent."""
+        with torch.random.fork_rng(devices=[]):
+            self._objective(build(self.architecture))
+
+    def _objective(self, student: Classifier) -> Objective:
+        if not self.method.reads_features:
+            return Objective(student, self.method.losses, TERMS)
+        teacher = placed(self._teacher, self.processes.device).eval().requires_grad_(False)
+        return Objective(student, self.method.losses, TERMS, teacher)
+
+    def _statuses(self) -> tuple[Status, ...]:
+        return usable(self.method.bss.converged_only) if self.method.bss else ()
 
     def _check_validation(self, validation: Prepared) -> None:
         given, expected = (len(validation.class_names), validation.image_shape), self.architecture[1:3]
@@ -144,18 +180,13 @@ class StudentRun:
 
     def fit(self, seed: int, bar_position: int | None = 0) -> Fit:
         """Train with one seed, or find the finished run; the progress bar goes so many lines down, None for no bar."""
-        weights, loss = self.params.distillation, LOSSES[self.method.algorithm]
-
-        def loss_of(student: nn.Module, batch: Batch, progress: float) -> Tensor:
-            return loss(student, batch, weights, progress)
-
         return fit(
             self.processes,
             self.store,
             self.key(seed),
             self.architecture,
             lambda: self._source(seed),
-            loss_of,
+            self._objective,
             self.params.training,
             seed,
             self.inputs.validation,
@@ -202,7 +233,8 @@ class StudentRun:
         if self.method.source == "fresh":
             return fresh
         batch = search_batch(self.params.runtime, device)
-        return OnlineSource(fresh, Search(self._teacher, self.params.attack, dataset, device, batch))
+        search = Search(self._teacher, self.params.attack, dataset, device, batch)
+        return OnlineSource(fresh, search, self._statuses())
 
     def _shards(self) -> ShardSource:
         """The shards, loaded once for all seeds."""
@@ -213,7 +245,7 @@ class StudentRun:
                 0,
                 self.params.training.batch_size,
                 self.processes.device,
-                with_boundary=self.method.algorithm == "bss",
+                self._statuses(),
                 train=self.inputs.train,
             )
         return self._shard_source

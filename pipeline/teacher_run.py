@@ -1,13 +1,11 @@
-"""Training the teacher: its fingerprint and its loss."""
+"""Training the teacher, and its fingerprint."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from pipeline.batches import Batch, FreshSource
+from pipeline.batches import FreshSource
 from pipeline.config import Params
 from pipeline.data import Prepared
+from pipeline.objective import Objective
 from pipeline.provenance import code_digest, fingerprint
 from pipeline.runtime import Processes
 from pipeline.storage import Store
@@ -35,9 +33,5 @@ def train_teacher(
         return FreshSource(train, dataset.padding, dataset.flip, teacher.seed, batch_size, processes.device)
 
     return fit(
-        processes, store, key, architecture, source, _loss, teacher.training, teacher.seed, validation, "teacher"
+        processes, store, key, architecture, source, Objective, teacher.training, teacher.seed, validation, "teacher"
     )
-
-
-def _loss(model: nn.Module, batch: Batch, progress: float) -> Tensor:
-    return F.cross_entropy(model(batch.images), batch.labels)

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.batches import Batch, Source
+from pipeline.batches import Source
 from pipeline.config import Training
 from pipeline.data import Prepared
-from pipeline.errors import TrainingError
+from pipeline.errors import ParameterError, TrainingError
 from pipeline.models import Architecture, Classifier, build, placed
+from pipeline.objective import Moment, Objective
 from pipeline.prediction import accuracy
 from pipeline.runtime import Processes
 from pipeline.storage import Store, write_atomically, write_json
@@ -33,9 +34,6 @@ DIGEST_BYTES = sha256().digest_size  # before the content of a checkpoint
 WEIGHTS, CURVE = "weights.safetensors", "curve.json"
 CURVE_COLUMNS = ["epoch", "learning_rate", "loss", "validation_accuracy"]
 
-StepLoss = Callable[[nn.Module, Batch, float], Tensor]
-"""(model, batch, progress in [0, 1)) to a scalar."""
-
 
 class Fit(NamedTuple):
     """A finished training run."""
@@ -48,9 +46,9 @@ class Fit(NamedTuple):
     """It was finished before."""
 
 
-def learning_rate(training: Training, epoch: int) -> float:
-    """The rate of an epoch, counted from 0: divided at each milestone that is passed."""
-    passed = sum(epoch >= round(milestone * training.epochs, 6) for milestone in training.milestones)
+def learning_rate(training: Training, moment: Moment) -> float:
+    """The rate of an epoch: divided at each milestone that is passed in its stage, which begins with the whole rate."""
+    passed = sum(moment.epoch >= round(milestone * moment.epochs, 6) for milestone in training.milestones)
     return training.learning_rate / training.divisor**passed
 
 
@@ -60,7 +58,7 @@ def fit(
     key: str,
     architecture: Architecture,
     source: Callable[[], Source],
-    loss_of: StepLoss,
+    objective: Callable[[Classifier], Objective],
     training: Training,
     seed: int,
     validation: Prepared | None,
@@ -79,7 +77,7 @@ def fit(
         key: fingerprint of everything that decides the result.
         architecture: what to train.
         source: makes the source of batches; not called for a finished run.
-        loss_of: the loss of a step.
+        objective: of the network to train, what it minimises.
         training: schedule and optimiser.
         seed: of the first weights.
         validation: for the curve only; nothing is chosen by it.
@@ -88,6 +86,7 @@ def fit(
 
     Raises:
         TrainingError: the loss is not finite; the last checkpoint is kept.
+        ParameterError: the objective cannot be had with this network or by several processes.
     """
     finished = find_fit(store, key)
     if finished:
@@ -95,9 +94,9 @@ def fit(
     fabric = processes.fabric
     torch.manual_seed(seed)
     classifier = build(architecture)
-    curve = _Run(fabric, classifier, training, store.path(f"{key}/checkpoint.pt")).train(
-        source(), loss_of, seed, validation, description, bar_position
-    )
+    # After the network: its first weights are those of its seed, whatever it minimises.
+    run = _Run(fabric, classifier, objective(classifier), training, store.path(f"{key}/checkpoint.pt"))
+    curve = run.train(source(), seed, validation, description, bar_position)
     if fabric.is_global_zero:
         save_weights(classifier, store.path(f"{key}/{WEIGHTS}"))
         write_json(store.path(f"{key}/{CURVE}"), curve)
@@ -123,12 +122,20 @@ def find_fit(store: Store, key: str) -> Fit | None:
 class _Run:
     """A network in training, with its optimiser, schedule and checkpoint."""
 
-    def __init__(self, fabric: Fabric, classifier: Classifier, training: Training, checkpoint: Path) -> None:
+    def __init__(
+        self, fabric: Fabric, classifier: Classifier, objective: Objective, training: Training, checkpoint: Path
+    ) -> None:
+        if objective.first_stage and fabric.world_size > 1:
+            raise ParameterError("runtime.devices: a method with a first stage of its own trains on one device")
         classifier = placed(classifier, fabric.device)
+        objective.terms.to(fabric.device)
         optimizer = torch.optim.SGD(
-            classifier.parameters(), training.learning_rate, training.momentum, weight_decay=training.weight_decay
+            [*classifier.parameters(), *objective.terms.parameters()],
+            training.learning_rate,
+            training.momentum,
+            weight_decay=training.weight_decay,
         )
-        self.fabric, self.training, self.checkpoint = fabric, training, checkpoint
+        self.fabric, self.objective, self.training, self.checkpoint = fabric, objective, training, checkpoint
         self.classifier = classifier
         self.model, self.optimizer = fabric.setup(classifier, optimizer)
         self.curve: list[dict[str, float]] = []
@@ -137,7 +144,6 @@ class _Run:
     def train(
         self,
         source: Source,
-        loss_of: StepLoss,
         seed: int,
         validation: Prepared | None,
         description: str,
@@ -157,8 +163,9 @@ class _Run:
             for epoch in range(len(self.curve), epochs):
                 # For layers that draw, such as dropout: in every process something else.
                 torch.manual_seed(seed * epochs + epoch + self.fabric.global_rank)
-                row = {"epoch": epoch + 1.0, "learning_rate": learning_rate(self.training, epoch)}
-                row["loss"] = self._epoch(source, loss_of, epoch)
+                moment = self.objective.moment(epoch, epochs)
+                row = {"epoch": epoch + 1.0, "learning_rate": learning_rate(self.training, moment)}
+                row["loss"] = self._epoch(source, epoch, moment)
                 if validation is not None:
                     row["validation_accuracy"] = accuracy(self.model, validation, self.fabric.device)
                 self.curve.append(row)
@@ -169,15 +176,17 @@ class _Run:
             raise TrainingError(f"{description}: the weights are not finite at the end: try a lower learning rate")
         return self.curve
 
-    def _epoch(self, source: Source, loss_of: StepLoss, epoch: int) -> float:
+    def _epoch(self, source: Source, epoch: int, moment: Moment) -> float:
         """One epoch; the host waits for the device once, at the end. Returns the mean loss of the steps."""
         self.model.train()
+        if moment.epoch == 0:
+            self.optimizer.state.clear()  # a second stage begins without the first one's momentum
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.training, epoch)
+            group["lr"] = learning_rate(self.training, moment)
         losses = []
         for whole in source.epoch(epoch):
             batch, factor = whole.part(self.fabric.global_rank, self.fabric.world_size)
-            loss = factor * loss_of(self.model, batch, epoch / self.training.epochs)
+            loss = factor * self.objective.loss(self.model, batch, moment)
             self.optimizer.zero_grad()
             self.fabric.backward(loss)
             self.optimizer.step()
@@ -192,7 +201,12 @@ class _Run:
         return float(values.mean())
 
     def _save(self) -> None:
-        state = {"model": self.classifier.state_dict(), "optimizer": self.optimizer.state_dict(), "curve": self.curve}
+        state = {
+            "model": self.classifier.state_dict(),
+            "terms": self.objective.terms.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "curve": self.curve,
+        }
         content = io.BytesIO()
         torch.save(state, content)
         write_atomically(self.checkpoint, sha256(content.getvalue()).digest() + content.getvalue())
@@ -208,6 +222,7 @@ class _Run:
             return
         state = torch.load(io.BytesIO(content), map_location=self.fabric.device, weights_only=True)
         self.classifier.load_state_dict(state["model"])
+        self.objective.terms.load_state_dict(state["terms"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.curve = state["curve"]
 

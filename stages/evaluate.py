@@ -9,19 +9,10 @@ from tqdm import tqdm
 
 from pipeline.config import load_params
 from pipeline.data import read_prepared
-from pipeline.evaluation import (
-    Comparison,
-    common_pairs,
-    compare,
-    figures_of,
-    read_comparison,
-    teacher_side,
-    write_comparison,
-)
-from pipeline.models import placed
-from pipeline.prediction import accuracy
-from pipeline.provenance import code_digest, fingerprint
-from pipeline.runtime import choose_device, search_batch
+from pipeline.errors import DataError
+from pipeline.evaluation import common_pairs, figures_of
+from pipeline.evaluation_run import Evaluation
+from pipeline.runtime import choose_device
 from pipeline.storage import Store, atomic_directory, lock, write_json, written_hdf5
 from pipeline.teacher import load_with_digest
 from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
@@ -46,25 +37,22 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
     test = read_prepared(prepared / "test.h5")
     model, teacher_digest = load_with_digest(teacher, test, "teacher")
     device = choose_device(params.runtime)
-    batch_size, images = search_batch(params.runtime, device), params.evaluation.similarity_images
-    store, code, side = Store(WORK / "comparisons"), code_digest("pipeline.evaluation"), None
+    evaluation = Evaluation(model, teacher_digest, test, params, device, Store(WORK / "comparisons"))
+    names = [f"{student}-{method}" for student in params.students for method in params.methods]
+    runs = {
+        (name, seed): students / name / f"seed-{seed}.safetensors" for name in names for seed in range(params.seeds)
+    }
+    for weights in runs.values():
+        if not weights.is_file():
+            raise DataError(f"{weights}: no such weights file; train it with: python -m stages.student --all")
     with lock(WORK / "evaluate.lock", say):
-        comparisons: dict[tuple[str, int], Comparison] = {}
-        names = [f"{student}-{method}" for student in params.students for method in params.methods]
-        runs = [(name, seed) for name in names for seed in range(params.seeds)]
-        for name, seed in tqdm(runs, desc="evaluate", unit="student", disable=None, leave=False):
-            weights = students / name / f"seed-{seed}.safetensors"
-            student, digest = load_with_digest(weights, test, "student")
-            key = f"{fingerprint(digest, teacher_digest, test.digest, images, code)}/comparison.h5"
-            if store.find(key) is None:
-                side = side or teacher_side(model, test, device, batch_size, images)
-                write_comparison(store.path(key), compare(student, side, test, device, batch_size))
-                store.seal(key)
-            comparisons[name, seed] = read_comparison(store.path(key))
-
+        with tqdm(total=len(runs), desc="evaluate", unit="student", disable=None, leave=False) as bar:
+            for done in evaluation.compare_all(list(runs.values())):
+                bar.update(done - bar.n)
+        comparisons = {run: evaluation.comparison(weights) for run, weights in runs.items()}
         common = common_pairs(comparisons.values())
         with atomic_directory(out, "*.json", "pairs.h5") as directory:
-            write_json(directory / "teacher.json", {"accuracy": accuracy(placed(model, device), test, device)})
+            write_json(directory / "teacher.json", {"accuracy": evaluation.teacher_accuracy()})
             # No groups: they would record when they were made.
             with written_hdf5(directory / "pairs.h5") as pairs:
                 for (name, seed), comparison in comparisons.items():

@@ -30,7 +30,11 @@ PUBLISHED = "seed-*.safetensors"  # names in a student's folder
 @click.option("--all", "everything", is_flag=True, help="Train all `students` by all `methods` of the parameters.")
 @path_option("--shards", "data/bss", "Sample dataset, for methods with source 'shards'.")
 @path_option("--prepared", "data/prepared", "Prepared splits; without them, shards still train, without a curve.")
-@path_option("--teacher", "models/teacher.safetensors", "Teacher's weights, for methods with source 'online'.")
+@path_option(
+    "--teacher",
+    "models/teacher.safetensors",
+    "Teacher, for source 'online' and methods that read features.",
+)
 @path_option("--out", "models/students", "Directory for the weights, in a folder STUDENT-METHOD.")
 @path_option("--reports", "reports/students", "Directory for the curves, in a folder STUDENT-METHOD.")
 @scheduler_option

@@ -5,9 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-from pipeline.batches import Batch, BoundaryBatch
 from pipeline.losses import (
     boundary_weight,
     hinton_weight,
@@ -15,6 +12,9 @@ from pipeline.losses import (
     select_base_samples,
     softened_cross_entropy,
 )
+from torch import nn
+
+from pipeline.batches import Batch, BoundaryBatch
 from pipeline.methods import LOSSES, bss, hinton, original, running_statistics_kept
 from tests.helpers import (
     distillation_parameters,

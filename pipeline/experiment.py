@@ -1,0 +1,295 @@
+"""An experiment: the same students under parameters that vary, its results, and what they say."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.config import Count, Line, Params, check_params
+from pipeline.errors import DataError, ParameterError
+
+TRAIN_FRACTION = "train_fraction"
+VARIED = ("attack", "method", "methods", "seeds", "students", "training")
+STANDARD_ERRORS = 2  # by which a difference is clear
+DEVIATIONS = 3  # below the mean of a cell, from where a run of another one counts as failed
+MEASURES = {
+    "validation": ("Validation, %", 100),
+    "accuracy": ("Test, %", 100),
+    "mag_sim": ("MagSim", 1),
+    "ang_sim": ("AngSim", 1),
+}
+COMPARED = ("validation", "accuracy", "ang_sim")
+
+Labels = dict[str, str]
+"""By the names of axes, `student` and `method`."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Experiment(_Strict):
+    """What varies, and with what each result is compared; read from a YAML file.
+
+    Keys of values are those of params.yaml, as `attack.views`; `train_fraction` is the fraction of the training images
+    that students see, with as many more epochs, so that they take as many steps.
+    """
+
+    title: Line
+    draws: Count = Field(1, description="of views and target classes: attack.seed, and the numbers after it")
+    values: dict[str, Any] = Field({}, description="parameters of all runs")
+    axes: dict[str, dict[str, dict[str, Any]]] = Field({}, description="parameters of each label of each axis")
+    references: dict[str, Labels] = Field({}, description="by title: what is another in the row to compare with")
+    floor: Labels | None = Field(None, description="the row whose mean less three deviations no run should fall below")
+    figure: str | None = Field(None, description="the axis along which accuracy is drawn")
+
+
+class Variant(NamedTuple):
+    """One combination of the axes' labels."""
+
+    labels: Labels
+    params: Params
+    train_fraction: float
+
+
+class Run(_Strict):
+    """One trained student: fractions, similarities (over the pairs of images that all students have in common)."""
+
+    validation: float | None
+    accuracy: float
+    agreement: float
+    mag_sim: float | None
+    ang_sim: float | None
+
+
+class Cost(_Strict):
+    """What the sample dataset of a draw took."""
+
+    samples: int
+    bytes: int
+    gradients: int
+    """Evaluations for all samples."""
+    converged: int
+    """Samples on the boundary."""
+
+
+class Cell(_Strict):
+    """All runs of a student by a method under one combination."""
+
+    labels: Labels
+    runs: list[list[Run]]
+    """By draw, then by seed."""
+    cost: Cost | None
+    """Of one draw; None for methods that read no samples."""
+
+    def values(self, measure: str) -> list[list[float]]:
+        """A measure by draw and seed, without runs that do not have it."""
+        found = [[getattr(run, measure) for run in draw] for draw in self.runs]
+        return [[value for value in draw if value is not None] for draw in found]
+
+
+class Results(_Strict):
+    """What an experiment found."""
+
+    title: str
+    dataset: str
+    teacher: float
+    """Accuracy on the test split."""
+    images: dict[str, int]
+    """Of each split."""
+    pairs: int
+    """Of perturbations that all students have."""
+    references: dict[str, Labels]
+    floor: Labels | None
+    figure: str | None
+    cells: Annotated[list[Cell], Field(min_length=1)]
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read an experiment's file.
+
+    Raises:
+        ParameterError: it is missing, no YAML, or not an experiment.
+    """
+    try:
+        values = YAML(typ="safe", pure=True).load(path)
+    except OSError as error:
+        raise ParameterError(f"{path}: cannot be read: {error.strerror}") from None
+    except (YAMLError, ValueError) as error:
+        raise ParameterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise ParameterError(f"{path}: {'; '.join(problems)}") from None
+
+
+def variants(experiment: Experiment, params: Params) -> Iterator[Variant]:
+    """All combinations, with their parameters: `params`, and over them what the experiment and its axes say.
+
+    Raises:
+        ParameterError: a parameter is unknown or bad, or is none that an experiment can vary.
+    """
+    names = list(experiment.axes)
+    for labels in itertools.product(*experiment.axes.values()):
+        chosen = dict(zip(names, labels, strict=True))
+        values = dict(experiment.values)
+        for name, label in chosen.items():
+            values |= experiment.axes[name][label]
+        source = " ".join(f"{name} {label}" for name, label in chosen.items()) or experiment.title
+        yield _variant(chosen, params, values, source)
+
+
+def _variant(labels: Labels, params: Params, values: Mapping[str, Any], source: str) -> Variant:
+    document = params.model_dump(mode="json")
+    fraction = 1.0
+    for key, value in values.items():
+        if key == TRAIN_FRACTION:
+            fraction = value
+            continue
+        *parents, last = key.split(".")
+        if (parents or [last])[0] not in VARIED:
+            raise ParameterError(f"{source}: '{key}' does not vary in an experiment, only {', '.join(VARIED)}")
+        section = document
+        for parent in parents:
+            if not isinstance(section.get(parent), dict):
+                raise ParameterError(f"{source}: unknown parameter '{key}'")
+            section = section[parent]
+        section[last] = value
+    if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise ParameterError(f"{source}: {TRAIN_FRACTION}: expected more than 0 and at most 1, got {fraction}")
+    document["training"]["epochs"] = round(document["training"]["epochs"] / fraction)
+    return Variant(labels, check_params(document, source), float(fraction))
+
+
+def read_results(path: Path) -> Results:
+    """Read what the experiment wrote.
+
+    Raises:
+        DataError: it is not there, or not what an experiment writes.
+    """
+    try:
+        return Results.model_validate_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+
+
+class Estimate(NamedTuple):
+    """A mean over draws and seeds."""
+
+    mean: float
+    deviation: float | None
+    """Between seeds, mean over draws (ddof 1)."""
+    error: float | None
+    """Standard error of the mean."""
+    count: int
+
+
+def estimate(values: list[list[float]]) -> Estimate | None:
+    """Mean and spread of values by draw and seed; None without any.
+
+    Draws share their seeds: the squared standard error is that of the draws' means plus that of the seeds' means. For
+    one draw it is that of the seeds.
+    """
+    flat = [value for draw in values for value in draw]
+    if not flat:
+        return None
+    deviations = [float(np.std(draw, ddof=1)) for draw in values if len(draw) > 1]
+    deviation = fmean(deviations) if deviations else None
+    whole = len({len(draw) for draw in values}) == 1 and len(values[0]) > 1
+    error = None
+    if whole:
+        table = np.array(values)
+        variances = [table.mean(1 - axis).var(ddof=1) / table.shape[axis] for axis in (0, 1) if table.shape[axis] > 1]
+        error = float(sum(variances) ** 0.5)
+    return Estimate(fmean(flat), deviation, error, len(flat))
+
+
+class Difference(NamedTuple):
+    """A mean less that of a reference."""
+
+    value: float
+    error: float | None
+    """Standard error, as of independent runs."""
+
+    @property
+    def is_clear(self) -> bool:
+        """It exceeds two standard errors."""
+        return self.error is not None and abs(self.value) > STANDARD_ERRORS * self.error
+
+
+def difference(cell: Cell, reference: Cell, measure: str) -> Difference | None:
+    """How much more than the reference a cell has of a measure; None where one of them has none."""
+    ours, theirs = estimate(cell.values(measure)), estimate(reference.values(measure))
+    if ours is None or theirs is None:
+        return None
+    known = ours.error is not None and theirs.error is not None
+    return Difference(ours.mean - theirs.mean, float(np.hypot(ours.error, theirs.error)) if known else None)
+
+
+def reference_of(results: Results, cell: Cell, changes: Labels) -> Cell | None:
+    """The cell to compare with: with other labels as the reference says, and the same otherwise."""
+    wanted = cell.labels | changes
+    if wanted == cell.labels:
+        return None
+    return next((other for other in results.cells if other.labels == wanted), None)
+
+
+def markdown_table(results: Results) -> str:
+    """The results as Markdown, a row for each cell; differences that exceed two standard errors are bold."""
+    names = [name for name in results.cells[0].labels if len({cell.labels[name] for cell in results.cells}) > 1]
+    shown = [name for name in MEASURES if any(estimate(cell.values(name)) for cell in results.cells)]
+    compared = [name for name in COMPARED if name in shown]
+    titles = [f"{MEASURES[name][0].split(',')[0]}, {title}" for title in results.references for name in compared]
+    header = [*(name.capitalize() for name in names), "n", *(MEASURES[name][0] for name in shown), *titles]
+    floor = _floor(results, shown[0])
+    header += ["Lowest run, %", "Runs below the floor"] if floor is not None else []
+    lines = [f"| {' | '.join(header)} |", "|---" * len(names) + "|---:" * (len(header) - len(names)) + "|"]
+    for cell in results.cells:
+        draws, seeds = len(cell.runs), len(cell.runs[0])
+        cells = [cell.labels[name] for name in names]
+        cells.append(str(seeds) if draws == 1 else f"{draws} x {seeds}")
+        cells += [_mean(estimate(cell.values(name)), MEASURES[name][1]) for name in shown]
+        for changes in results.references.values():
+            other = reference_of(results, cell, changes)
+            cells += [_less(other and difference(cell, other, name), MEASURES[name][1]) for name in compared]
+        if floor is not None:
+            runs = [value for draw in cell.values(shown[0]) for value in draw]
+            cells += [_number(min(runs), 100), str(sum(value < floor for value in runs))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _floor(results: Results, measure: str) -> float | None:
+    """The accuracy below which a run counts as failed."""
+    wanted = (results.floor or {}).items()
+    cells = [cell for cell in results.cells if wanted <= cell.labels.items()] if results.floor else []
+    known = estimate(cells[0].values(measure)) if cells else None
+    return known.mean - DEVIATIONS * known.deviation if known and known.deviation is not None else None
+
+
+def _mean(value: Estimate | None, scale: float) -> str:
+    if value is None:
+        return "-"
+    deviation = "" if value.deviation is None else f" ± {_number(value.deviation, scale)}"
+    return f"{_number(value.mean, scale)}{deviation}"
+
+
+def _less(value: Difference | None, scale: float) -> str:
+    if value is None:
+        return "-"
+    number = f"{value.value * scale:+.{1 if scale == 100 else 3}f}"
+    error = "" if value.error is None else f" ({_number(value.error, scale)})"
+    return f"**{number}**{error}" if value.is_clear else f"{number}{error}"
+
+
+def _number(value: float, scale: float) -> str:
+    return f"{value * scale:.{1 if scale == 100 else 3}f}"

@@ -1,0 +1,48 @@
+"""Hints: a middle layer of the teacher, by regression from one of the student (FitNets: Romero et al., 2015)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config import FitNet
+from pipeline.term import FeatureShapes, Step, Term, check_maps, connector
+
+
+class FitNetTerm(Term):
+    """The hint loss of each pair of layers, alone in a first stage; the regressors are trained along.
+
+    The paper's regressor is a convolution that also shrinks larger maps; here the maps must have one size, and it is
+    a 1x1 convolution.
+    """
+
+    def __init__(self, parameters: FitNet, shapes: FeatureShapes) -> None:
+        super().__init__(parameters, shapes)
+        self.first_stage = parameters.first_stage
+        self.layers = list(zip(parameters.student_layers, parameters.teacher_layers, strict=True))
+        self.regressors = nn.ModuleList()
+        for name, student, teacher in shapes.pairs(parameters):
+            check_maps(f"of 'fitnet', {name}", student, teacher, same_size=True)
+            self.regressors.append(connector(student, teacher))
+
+    def forward(self, step: Step) -> Tensor:
+        losses = [
+            hint_loss(regressor(step.student_features[student]), step.teacher_features[teacher])
+            for regressor, (student, teacher) in zip(self.regressors, self.layers, strict=True)
+        ]
+        return sum(losses, step.logits.new_zeros(()))
+
+
+def hint_loss(guided: Tensor, hint: Tensor) -> Tensor:
+    """Half the squared error per element: 1/2 mean (r(v) - u)^2 (Romero et al., 2015, equation 3).
+
+    The paper sums over elements. The mean trains with the same rate whatever the size of the layer.
+
+    Args:
+        guided: (N, C, H, W) the student's features, through the regressor.
+        hint: (N, C, H, W) the teacher's.
+
+    Returns:
+        Scalar, at least 0.
+    """
+    return F.mse_loss(guided, hint) / 2

@@ -1,0 +1,52 @@
+"""An experiment: students under parameters that vary, as a table with standard errors. No stage of `dvc repro`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.config import load_params
+from pipeline.data import read_prepared, read_validation
+from pipeline.experiment import load_experiment, markdown_table
+from pipeline.experiment_run import ExperimentRun, Materials
+from pipeline.storage import lock, write_atomically, write_json
+from stages.cli import PATH, WORK, errors_in_one_line, params_option, path_option, say
+
+
+@click.command()
+@click.argument("experiment", type=PATH)
+@params_option
+@path_option("--prepared", "data/prepared", "Directory of the prepared splits.")
+@path_option("--teacher", "models/teacher.safetensors", "Weights of the teacher.")
+@click.option("--out", type=PATH, help="Directory for the results.  [default: reports/experiments/NAME]")
+@errors_in_one_line
+def main(experiment: Path, params_path: Path, prepared: Path, teacher: Path, out: Path | None) -> None:
+    """Train students under parameters that vary, and compare them.
+
+    EXPERIMENT is a file as those in experiments/; its parameters are laid over those of --params. Writes results.json
+    (every run) and table.md (mean and standard deviation over seeds, and differences with their standard errors; bold
+    where they exceed two). Finished samples, students and comparisons are kept in .work: a run that was stopped goes on
+    where it was.
+
+    \b
+    Example: python -m stages.experiment experiments/methods.yaml
+             dvc repro experiments/dvc.yaml:experiment@methods    # with the teacher, if it is not there
+    """
+    params, wanted = load_params(params_path), load_experiment(experiment)
+    out = out or Path("reports/experiments") / experiment.stem
+    validation = read_validation(prepared / "validation.h5")
+    materials = Materials(
+        read_prepared(prepared / "train.h5"), validation, read_prepared(prepared / "test.h5"), teacher, WORK
+    )
+    with lock(WORK / "experiment.lock", say), lock(WORK / "shards.lock", say):
+        results = ExperimentRun(wanted, params, materials).results()
+    table = markdown_table(results)
+    write_json(out / "results.json", results.model_dump())
+    write_atomically(out / "table.md", table)
+    runs = sum(len(draw) for cell in results.cells for draw in cell.runs)
+    click.echo(f"{table}\nwrote {out}: results.json, table.md ({runs} students)")
+
+
+if __name__ == "__main__":
+    main()
