@@ -190,7 +190,7 @@ class Estimate(NamedTuple):
     """Between seeds, mean over draws (ddof 1)."""
     error: float | None
     """Standard error of the mean."""
-    count: int
+    runs: int
 
 
 def estimate(values: list[list[float]]) -> Estimate | None:
@@ -231,8 +231,8 @@ def difference(cell: Cell, reference: Cell, measure: str) -> Difference | None:
     ours, theirs = estimate(cell.values(measure)), estimate(reference.values(measure))
     if ours is None or theirs is None:
         return None
-    known = ours.error is not None and theirs.error is not None
-    return Difference(ours.mean - theirs.mean, float(np.hypot(ours.error, theirs.error)) if known else None)
+    error = None if ours.error is None or theirs.error is None else float(np.hypot(ours.error, theirs.error))
+    return Difference(ours.mean - theirs.mean, error)
 
 
 def reference_of(results: Results, cell: Cell, changes: Labels) -> Cell | None:
@@ -260,7 +260,8 @@ def markdown_table(results: Results) -> str:
         cells += [_mean(estimate(cell.values(name)), MEASURES[name][1]) for name in shown]
         for changes in results.references.values():
             other = reference_of(results, cell, changes)
-            cells += [_less(other and difference(cell, other, name), MEASURES[name][1]) for name in compared]
+            for name in compared:
+                cells.append(_less(difference(cell, other, name) if other else None, MEASURES[name][1]))
         if floor is not None:
             runs = [value for draw in cell.values(shown[0]) for value in draw]
             cells += [_number(min(runs), 100), str(sum(value < floor for value in runs))]

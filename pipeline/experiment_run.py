@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +38,16 @@ class Materials(NamedTuple):
     """The private store."""
 
 
+@dataclass
+class CellFits:
+    """The finished training of one cell."""
+
+    labels: Labels
+    fits: list[list[Fit]] = field(default_factory=list)
+    """By draw, then by seed."""
+    cost: Cost | None = None
+
+
 class ExperimentRun:
     """One experiment on one dataset and teacher.
 
@@ -57,44 +69,38 @@ class ExperimentRun:
 
     def results(self) -> Results:
         """Make what is missing, and gather it."""
-        fits: list[tuple[Labels, list[list[Fit]], Cost | None]] = []
-        students = sum(len(each.params.students) * len(each.params.methods) for each in self.variants)
-        bar = tqdm(total=students * self.experiment.draws, desc=self.experiment.title, unit="cell", disable=None)
-        with bar:
+        cells = sum(len(each.params.students) * len(each.params.methods) for each in self.variants)
+        fits: list[CellFits] = []
+        with tqdm(total=cells * self.experiment.draws, desc=self.experiment.title, unit="cell", disable=None) as bar:
             for variant in self.variants:
-                fits += self._fits(variant, bar)
+                fits += self._fits(variant, bar.update)
         return self._evaluated(fits)
 
-    def _fits(self, variant: Variant, bar: tqdm[None]) -> list[tuple[Labels, list[list[Fit]], Cost | None]]:
-        """The fits of each student and method under one combination, by draw and seed, and what their samples took."""
+    def _fits(self, variant: Variant, done: Callable[[], object]) -> list[CellFits]:
+        """The fits of each student and method under one combination; `done` is called after each draw of a cell."""
         train = part_by_class(self.materials.train, variant.train_fraction, self.params.dataset.seed)
-        by_cell: dict[tuple[str, str], list[list[Fit]]] = {}
-        costs: dict[tuple[str, str], Cost | None] = {}
+        methods, store = variant.params.method, Store(self.materials.work / "fits")
+        cells = {
+            (student, method): CellFits(variant.labels | {"student": student, "method": method})
+            for student in variant.params.students
+            for method in variant.params.methods
+        }
         for draw in range(self.experiment.draws):
             attack = variant.params.attack.model_copy(update={"seed": variant.params.attack.seed + draw})
             params = variant.params.model_copy(update={"attack": attack})
-            sources = {params.method[method].source for method in params.methods}
-            folder = self.materials.work / "experiment"
-            cost = self._samples(params, train, folder) if "shards" in sources else None
-            inputs = Inputs(train, self.materials.validation, None, self.materials.teacher)
-            from_shards = inputs._replace(shards=BoundaryShards(folder)) if cost else inputs
-            for student in params.students:
-                for method in params.methods:
-                    reads_shards = params.method[method].source == "shards"
-                    given = from_shards if reads_shards else inputs
-                    run = StudentRun(
-                        params, student, method, given, self.processes, Store(self.materials.work / "fits")
-                    )
-                    by_cell.setdefault((student, method), []).append(run.fit_all())
-                    costs[student, method] = cost if reads_shards and params.method[method].bss else None
-                    bar.update()
-        return [
-            (variant.labels | {"student": student, "method": method}, runs, costs[student, method])
-            for (student, method), runs in by_cell.items()
-        ]
+            inputs, cost = Inputs(train, self.materials.validation, None, self.materials.teacher), None
+            if any(methods[method].source == "shards" for _, method in cells):
+                shards, cost = self._samples(params, train)
+                inputs = inputs._replace(shards=shards)
+            for (student, method), cell in cells.items():
+                run = StudentRun(params, student, method, inputs, self.processes, store)
+                cell.fits.append(run.fit_all())
+                cell.cost = cost if methods[method].source == "shards" and methods[method].bss else None
+                done()
+        return list(cells.values())
 
-    def _samples(self, params: Params, train: Prepared, folder: Path) -> Cost:
-        """Publish the sample dataset of some parameters in a folder, and count what it took."""
+    def _samples(self, params: Params, train: Prepared) -> tuple[BoundaryShards, Cost]:
+        """The sample dataset of some parameters, which the next one replaces, and what it took."""
         store = Store(self.materials.work / "shards")
         dataset = SampleDataset(train, params.dataset, params.attack, self.teacher_digest, store)
         missing = dataset.missing()
@@ -104,39 +110,39 @@ class ExperimentRun:
                 search = Search(self.teacher, params.attack, params.dataset, self.device, batch)
             for _ in dataset.make(search, missing, side_by_side(params.runtime, self.device)):
                 pass
-        totals = dataset.publish(folder).totals
-        shards = BoundaryShards(folder)
-        gradients = sum(
-            int(shards.read(shard, ["evaluations"])["evaluations"].sum()) for shard in shards.manifest.shards
+        totals = dataset.publish(self.materials.work / "experiment").totals
+        shards = BoundaryShards(self.materials.work / "experiment")
+        evaluations = (shards.read(shard, ["evaluations"])["evaluations"] for shard in shards.manifest.shards)
+        cost = Cost(
+            samples=totals.samples,
+            bytes=totals.bytes,
+            gradients=sum(int(each.sum()) for each in evaluations),
+            converged=totals.statuses[Status.CONVERGED.name.lower()],
         )
-        converged = totals.statuses[Status.CONVERGED.name.lower()]
-        return Cost(samples=totals.samples, bytes=totals.bytes, gradients=gradients, converged=converged)
+        return shards, cost
 
-    def _evaluated(self, fits: list[tuple[Labels, list[list[Fit]], Cost | None]]) -> Results:
+    def _evaluated(self, cells: list[CellFits]) -> Results:
         test, work = self.materials.test, self.materials.work
         evaluation = Evaluation(
             self.teacher, self.teacher_digest, test, self.params, self.device, Store(work / "comparisons")
         )
-        weights = [fit.weights for _, draws, _ in fits for draw in draws for fit in draw]
+        weights = [fit.weights for cell in cells for draw in cell.fits for fit in draw]
         with tqdm(total=len(weights), desc="evaluate", unit="student", disable=None, leave=False) as bar:
             for done in evaluation.compare_all(weights):
                 bar.update(done - bar.n)
         common = common_pairs(evaluation.comparison(path) for path in weights)
 
         def run_of(fit: Fit) -> Run:
-            figures = figures_of(evaluation.comparison(fit.weights), common)
+            comparison = evaluation.comparison(fit.weights)
+            figures = figures_of(comparison, common)
             return Run(
                 validation=fit.curve[-1].get("validation_accuracy"),
-                accuracy=figures["accuracy"],
-                agreement=figures["agreement"],
+                accuracy=comparison.accuracy,
+                agreement=comparison.agreement,
                 mag_sim=figures["mag_sim_common"],
                 ang_sim=figures["ang_sim_common"],
             )
 
-        cells = [
-            Cell(labels=labels, runs=[[run_of(fit) for fit in draw] for draw in draws], cost=cost)
-            for labels, draws, cost in fits
-        ]
         materials = self.materials
         splits = {"train": materials.train, "validation": materials.validation, "test": test}
         return Results(
@@ -148,5 +154,8 @@ class ExperimentRun:
             references=self.experiment.references,
             floor=self.experiment.floor,
             figure=self.experiment.figure,
-            cells=cells,
+            cells=[
+                Cell(labels=cell.labels, runs=[[run_of(fit) for fit in draw] for draw in cell.fits], cost=cell.cost)
+                for cell in cells
+            ],
         )
