@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,14 @@ class Moment(NamedTuple):
     """Of its stage."""
 
 
+class _Stage(NamedTuple):
+    """What is minimised in a stage of training, beside cross-entropy in the last one."""
+
+    terms: list[Term]
+    student_layers: list[str]
+    teacher_layers: list[str]
+
+
 class Objective:
     """The sum of cross-entropy and terms, in one stage or two.
 
@@ -49,16 +57,19 @@ class Objective:
     ) -> None:
         losses, kinds = losses or {}, kinds or {}
         self.network, self.teacher = network, teacher
-        self.student_layers, self.teacher_layers = feature_layers(losses)
+        student_layers, teacher_layers = feature_layers(losses.values())
         shapes = FeatureShapes(
-            feature_shapes(network, self.student_layers),
-            feature_shapes(teacher, self.teacher_layers) if teacher is not None else {},
+            feature_shapes(network, student_layers),
+            feature_shapes(teacher, teacher_layers) if teacher is not None else {},
         )
-        self.terms = nn.ModuleDict({name: kinds[name](given, shapes) for name, given in losses.items()})
-        self.first_stage = max((term.first_stage for term in self._all()), default=0.0)
-
-    def _all(self) -> list[Term]:
-        return [term for term in self.terms.values() if isinstance(term, Term)]
+        terms = {name: kinds[name](given, shapes) for name, given in losses.items()}
+        self.terms = nn.ModuleDict(terms)
+        self.first_stage = max((term.first_stage for term in terms.values()), default=0.0)
+        self._stages = {}
+        for first in (True, False):
+            names = [name for name, term in terms.items() if bool(term.first_stage) == first]
+            layers = feature_layers(losses[name] for name in names)
+            self._stages[first] = _Stage([terms[name] for name in names], *layers)
 
     def moment(self, epoch: int, epochs: int) -> Moment:
         """Where an epoch of the whole training is, counted from 0. Each stage has at least one epoch.
@@ -73,21 +84,21 @@ class Objective:
 
     def loss(self, student: nn.Module, batch: Batch, moment: Moment) -> Tensor:
         """The loss of a batch; `student` is the network, perhaps wrapped for several devices or another precision."""
-        with recorded(self.network, self.student_layers) as student_features:
+        stage = self._stages[moment.first_stage]
+        with recorded(self.network, stage.student_layers) as student_features:
             logits = student(batch.images)
-        step = Step(
-            student, batch, logits, student_features, self._of_teacher(batch.images), moment.epoch / moment.epochs
-        )
+        teacher_features = self._of_teacher(batch.images, stage.teacher_layers)
+        progress = moment.epoch / moment.epochs
+        step = Step(student, batch, logits, student_features, teacher_features, progress)
         total = logits.new_zeros(()) if moment.first_stage else F.cross_entropy(logits, batch.labels)
-        for term in self._all():
-            if bool(term.first_stage) == moment.first_stage:
-                total = total + term(step)
+        for term in stage.terms:
+            total = total + term(step)
         return total
 
     @torch.no_grad()
-    def _of_teacher(self, images: Tensor) -> dict[str, Tensor]:
-        if self.teacher is None or not self.teacher_layers:
+    def _of_teacher(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        if self.teacher is None or not layers:
             return {}
-        with recorded(self.teacher, self.teacher_layers) as features:
+        with recorded(self.teacher, layers) as features:
             self.teacher(images)
         return features

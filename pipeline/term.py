@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -66,9 +66,9 @@ class Term(nn.Module):
         raise NotImplementedError
 
 
-def feature_layers(losses: Mapping[str, Section]) -> tuple[list[str], list[str]]:
-    """The layers of the student and of the teacher that losses look at."""
-    groups = [loss for loss in losses.values() if isinstance(loss, Layers)]
+def feature_layers(losses: Iterable[Section]) -> tuple[list[str], list[str]]:
+    """The layers of the student and of the teacher that losses with these parameters look at."""
+    groups = [loss for loss in losses if isinstance(loss, Layers)]
     student = [layer for group in groups for layer in group.student_layers]
     teacher = [layer for group in groups for layer in group.teacher_layers]
     return list(dict.fromkeys(student)), list(dict.fromkeys(teacher))

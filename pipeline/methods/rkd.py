@@ -57,13 +57,21 @@ def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _relative_distances(embeddings: Tensor) -> Tensor:
     """(N, N) distances over their mean, 0 on the diagonal."""
-    squared = (embeddings[:, None] - embeddings[None]).square().sum(2)
-    apart = squared > 0
-    distances = torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)  # the root has no gradient at 0
-    return distances / (distances.sum() / apart.sum().clamp(min=1)).clamp(min=1e-12)
+    distances = _lengths(embeddings[:, None] - embeddings[None]).squeeze(2)
+    mean = distances.sum() / (distances > 0).sum().clamp(min=1)
+    return distances / torch.where(mean > 0, mean, 1)
 
 
 def _cosines(embeddings: Tensor) -> Tensor:
-    """(N, N, N): at each sample, the cosines of the angles between its directions to two others."""
-    directions = F.normalize(embeddings[None] - embeddings[:, None], dim=2)
+    """(N, N, N): at each sample, the cosines of the angles between directions to two others; 0 without direction."""
+    apart = embeddings[None] - embeddings[:, None]
+    lengths = _lengths(apart)
+    directions = apart / torch.where(lengths > 0, lengths, 1)
     return directions @ directions.transpose(1, 2)
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """(..., 1) Euclidean lengths, without a gradient where they are 0: there it would be infinite."""
+    squared = vectors.square().sum(-1, keepdim=True)
+    some = squared > 0
+    return torch.where(some, torch.where(some, squared, 1).sqrt(), 0)
