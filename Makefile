@@ -3,10 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help repro test bench lint style clean
+.PHONY: help repro experiments test bench lint style clean
 
 help:
 	@echo "make repro   install into .venv and run the whole pipeline (dvc repro)"
+	@echo "make experiment-NAME  one comparison: attacks, few, methods, stability, targets, views or weights"
+	@echo "make experiments  all of them (an hour and a half on two cores)"
 	@echo "make test    install into .venv, check style and types, run all tests"
 	@echo "make bench   measure everything in docs/BENCHMARKS.md again (half an hour; needs real images, see there)"
 	@echo "make lint    check style and types only"
@@ -15,11 +17,17 @@ help:
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dvc,docs,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dvc,test]'
 	touch $@
 
 repro: .venv/.installed
 	dvc repro
+
+experiment-%: .venv/.installed
+	dvc repro experiments/dvc.yaml:experiment@$*
+
+experiments: .venv/.installed
+	dvc repro experiments/dvc.yaml
 
 test: lint
 	python -m pytest

@@ -9,6 +9,7 @@ import click
 from pipeline.config import load_params
 from pipeline.data import read_prepared, read_validation
 from pipeline.experiment import load_experiment, markdown_table
+from pipeline.experiment_figure import experiment_svg
 from pipeline.experiment_run import ExperimentRun, Materials
 from pipeline.storage import lock, write_atomically, write_json
 from stages.cli import PATH, WORK, errors_in_one_line, params_option, path_option, say
@@ -25,9 +26,9 @@ def main(experiment: Path, params_path: Path, prepared: Path, teacher: Path, out
     """Train students under parameters that vary, and compare them.
 
     EXPERIMENT is a file as those in experiments/; its parameters are laid over those of --params. Writes results.json
-    (every run) and table.md (mean and standard deviation over seeds, and differences with their standard errors; bold
-    where they exceed two). Finished samples, students and comparisons are kept in .work: a run that was stopped goes on
-    where it was.
+    (every run), table.md (mean and standard deviation over seeds, and differences with their standard errors; bold
+    where they exceed two) and, for axes of numbers, figure.svg. Finished samples, students and comparisons are kept in
+    .work: a run that was stopped goes on where it was.
 
     \b
     Example: python -m stages.experiment experiments/methods.yaml
@@ -44,8 +45,12 @@ def main(experiment: Path, params_path: Path, prepared: Path, teacher: Path, out
     table = markdown_table(results)
     write_json(out / "results.json", results.model_dump())
     write_atomically(out / "table.md", table)
+    if results.figure:
+        write_atomically(out / "figure.svg", experiment_svg(results, results.figure))
     runs = sum(len(draw) for cell in results.cells for draw in cell.runs)
-    click.echo(f"{table}\nwrote {out}: results.json, table.md ({runs} students)")
+    click.echo(
+        f"{table}\nwrote {out}: results.json, table.md{', figure.svg' if results.figure else ''} ({runs} students)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""The figure of an experiment: accuracy along an axis, with standard errors."""
+
+from __future__ import annotations
+
+import re
+from io import StringIO
+from typing import Any
+
+from pipeline.experiment import Results, estimate
+
+COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
+LOG_FROM = 5  # the ratio of the largest to the smallest number on the axis
+
+
+def experiment_svg(results: Results, axis: str) -> str:
+    """The accuracy on the test split against the numbers in the labels of an axis, as SVG text.
+
+    A line for each combination of the other labels; bars are standard errors. Labels without a number are horizontal
+    lines.
+    """
+    import matplotlib as mpl  # imported here: slow
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = results.title  # the same picture for the same figures
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[float | None, float, float]]] = {}
+    varied = [name for name in results.cells[0].labels if len({cell.labels[name] for cell in results.cells}) > 1]
+    for cell in results.cells:
+        name = ", ".join(cell.labels[each] for each in varied if each != axis)
+        known = estimate(cell.values("accuracy"))
+        if known is not None:
+            lines.setdefault(name, []).append((_number(cell.labels[axis]), known.mean, known.error or 0.0))
+    for (name, points), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
+        numbered = sorted((x, mean, error) for x, mean, error in points if x is not None)
+        axes.errorbar(
+            [x for x, _, _ in numbered],
+            [100 * mean for _, mean, _ in numbered],
+            [100 * error for _, _, error in numbered],
+            color=colour,
+            marker="o",
+            capsize=3,
+            label=name,
+        )
+        for x, mean, _ in points:
+            if x is None:
+                axes.axhline(100 * mean, color=colour, linestyle="--", linewidth=1)
+    _finish(axes, axis, results)
+    text = StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+def _finish(axes: Any, axis: str, results: Results) -> None:
+    labels = {cell.labels[axis] for cell in results.cells}
+    numbers = sorted({x: label for label in labels if (x := _number(label)) is not None}.items())
+    if numbers and numbers[0][0] > 0 and numbers[-1][0] / numbers[0][0] >= LOG_FROM:
+        axes.set_xscale("log")
+    axes.set_xticks([x for x, _ in numbers], [label for _, label in numbers])
+    axes.minorticks_off()
+    others = [label for label in labels if _number(label) is None]
+    axes.set_xlabel(axis + (f" (dashed: {', '.join(others)})" if others else ""))
+    axes.set_ylabel("test accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _number(label: str) -> float | None:
+    match = re.match(r"[\d.]+", label)
+    return float(match[0]) if match else None
