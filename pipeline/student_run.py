@@ -19,7 +19,7 @@ from pipeline.models import Architecture, Classifier, build, placed
 from pipeline.objective import Objective
 from pipeline.online_source import OnlineSource
 from pipeline.provenance import code_digest, fingerprint
-from pipeline.runtime import Processes, cpu_threads, search_batch, side_by_side
+from pipeline.runtime import Processes, cpu_threads, one_cpu_thread, search_batch, side_by_side
 from pipeline.shard_format import manifest_digest
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
@@ -151,6 +151,7 @@ class StudentRun:
             )
         self._teacher, self.reads["teacher"] = load_weights(path), digest
 
+    @one_cpu_thread()  # forks may follow
     def _check_features(self) -> None:
         """Refuse layers that do not exist or do not match, before hours are spent."""
         with torch.random.fork_rng(devices=[]):
