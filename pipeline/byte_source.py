@@ -158,6 +158,11 @@ def folder_at(place: Path | str) -> Folder:
     return RemoteFolder(place) if isinstance(place, str) and "://" in place else LocalFolder(Path(place))
 
 
+def as_folder(place: Path | Folder) -> Folder:
+    """The folder at a path of this machine, or the folder itself."""
+    return LocalFolder(place) if isinstance(place, Path) else place
+
+
 def digest_of(source: ByteSource) -> str:
     """The sha256 of an open file, in hexadecimal; raises OSError."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(DIGEST_BLOCK))

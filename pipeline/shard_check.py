@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.byte_source import Folder, LocalFolder, digest_of
+from pipeline.byte_source import Folder, LocalFolder, as_folder, digest_of
 from pipeline.errors import ShardError, shown
 from pipeline.shard_file import ChunkCache, ShardFile, open_shard
 from pipeline.shard_format import Manifest, ShardEntry, attributes_of, count_statuses
@@ -41,7 +41,7 @@ def check_shard(directory: Path | Folder, manifest: Manifest, shard: ShardEntry)
     Raises:
         ShardError: names the file and what is wrong.
     """
-    folder = LocalFolder(directory) if isinstance(directory, Path) else directory
+    folder = as_folder(directory)
     checked_shard(folder, manifest, shard).close()
 
 
@@ -170,7 +170,7 @@ def _check_samples(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> No
 
 def find_problems(directory: Path | Folder, manifest: Manifest) -> list[str]:
     """Check every file of a dataset; one sentence for each that is wrong, none for a whole dataset."""
-    folder = LocalFolder(directory) if isinstance(directory, Path) else directory
+    folder = as_folder(directory)
     problems = []
     for shard in manifest.shards:
         try:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.byte_source import Folder, LocalFolder
+from pipeline.byte_source import Folder, as_folder
 from pipeline.errors import ShardError, shown
 from pipeline.status import Status
 
@@ -189,7 +189,7 @@ def read_manifest(directory: Path | Folder) -> Manifest:
     Raises:
         ShardError: it is missing, damaged, inconsistent or of a format version that is not known here.
     """
-    folder = LocalFolder(directory) if isinstance(directory, Path) else directory
+    folder = as_folder(directory)
     path = f"{folder}/{MANIFEST}"
     try:
         source = folder.open(MANIFEST)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from pipeline.byte_source import folder_at
 from pipeline.shard_check import check_layout, checked_shard
 from pipeline.shard_file import ChunkCache, ShardFile, open_shard
-from pipeline.shard_format import ShardEntry, attributes_of, read_manifest
+from pipeline.shard_format import ShardEntry, attributes_of, read_manifest, shards_in_order
 
 CACHE_BYTES = 1 << 28  # of decompressed chunks, in each process
 OPEN_FILES = 512  # at most, of each dataset in each process; it costs a millisecond to open one
@@ -49,7 +49,7 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
         self.folder = folder_at(directory)
         self.directory = str(self.folder)
         self.manifest = read_manifest(self.folder)
-        self._shards = sorted(self.manifest.shards, key=lambda shard: (shard.view, shard.block))
+        self._shards = shards_in_order(self.manifest)
         self._ends = np.cumsum([shard.rows for shard in self._shards])
         self._row_bytes = {
             name: np.dtype(c.dtype).itemsize * prod(c.shape) for name, c in self.manifest.columns.items()

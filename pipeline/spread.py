@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.byte_source import Folder, LocalFolder
+from pipeline.byte_source import Folder, as_folder
 from pipeline.shard_file import open_shard
 from pipeline.shard_format import Manifest, ShardEntry, attributes_of, shards_in_order
 from pipeline.status import Status
@@ -30,7 +30,7 @@ def spread_of(directory: Path | Folder, manifest: Manifest, quantiles: Sequence[
     Raises:
         ShardError: a shard is missing, unreadable or another one.
     """
-    folder = LocalFolder(directory) if isinstance(directory, Path) else directory
+    folder = as_folder(directory)
     found = [_converged(folder, manifest, shard) for shard in shards_in_order(manifest)]
     margin, distance = (np.concatenate(values).astype(np.float64) for values in zip(*found, strict=True))
     if not len(margin):

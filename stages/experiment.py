@@ -36,10 +36,8 @@ def main(experiment: Path, params_path: Path, prepared: Path, teacher: Path, out
     """
     params, wanted = load_params(params_path), load_experiment(experiment)
     out = out or Path("reports/experiments") / experiment.stem
-    validation = read_validation(prepared / "validation.h5")
-    materials = Materials(
-        read_prepared(prepared / "train.h5"), validation, read_prepared(prepared / "test.h5"), teacher, WORK
-    )
+    train, validation, test = prepared / "train.h5", prepared / "validation.h5", prepared / "test.h5"
+    materials = Materials(read_prepared(train), read_validation(validation), read_prepared(test), teacher, WORK)
     with lock(WORK / "experiment.lock", say), lock(WORK / "shards.lock", say):
         results = ExperimentRun(wanted, params, materials).results()
     table = markdown_table(results)
