@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:
 	@echo "make repro   install into .venv and run the whole pipeline (dvc repro)"
-	@echo "make experiment-NAME  one comparison: attacks, few, methods, stability, targets, views or weights"
+	@echo "make experiment-NAME  one comparison: attacks, few, methods, photographs, stability, targets, views or weights"
 	@echo "make experiments  all of them (an hour and a half on two cores)"
 	@echo "make test    install into .venv, check style and types, run all tests"
 	@echo "make bench   measure everything in docs/BENCHMARKS.md again (half an hour; needs real images, see there)"
