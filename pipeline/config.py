@@ -322,12 +322,10 @@ def _in_words(error: Any) -> str:
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     """The parameters that exist in a section."""
     model: type[Section] = Params
+    if location[:1] == ("method",):
+        model, location = Method, location[2:]  # after the method's name
     for part in location:
-        if model is Params and part == "method":
-            model = Method
-            continue
-        if model is Method and part not in Method.model_fields:  # the name of a method
-            continue
-        kinds = get_args(model.model_fields[str(part)].annotation) or (model.model_fields[str(part)].annotation,)
+        annotation = model.model_fields[str(part)].annotation
+        kinds = get_args(annotation) or (annotation,)
         (model,) = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section))
     return sorted(model.model_fields)

@@ -42,18 +42,17 @@ def deepfool(
     gradients = torch.zeros_like(base, dtype=torch.int32)
     status = torch.full_like(base, Status.CONVERGED, dtype=torch.uint8)
     active = torch.ones_like(base, dtype=torch.bool)
-    others = torch.zeros(len(base), 0, dtype=torch.int64, device=base.device)
+    start = logits_in_batches(logits_of, images, batch_size).scatter(1, base[:, None], -torch.inf)
+    others = start.topk(min(classes, start.shape[1]) - 1, 1).indices  # the best classes but the base class
     while len(rows := active.nonzero().squeeze(1)[:batch_size]):
         x = (images[rows] + (1 + overshoot) * walked[rows]).clamp(0, 1).requires_grad_()
         with torch.enable_grad():
             logits = logits_of(x)
-            if not others.shape[1]:
-                others = _best_others(logits_of, images, base, classes, batch_size)
             gaps = logits.gather(1, others[rows]) - logits.gather(1, base[rows][:, None])
             slopes = [torch.autograd.grad(gaps[:, k].sum(), x, retain_graph=True)[0] for k in range(gaps.shape[1])]
         gaps, slope = gaps.detach(), torch.stack(slopes, 1)
         gradients[rows] += 1
-        left = logits.argmax(1) != base[rows]
+        left = torch.isfinite(logits).all(1) & (logits.argmax(1) != base[rows])
         status[rows[left & (gradients[rows] == 1)]] = Status.BASE_MISCLASSIFIED
         squared = slope.square().flatten(2).sum(2)
         nearest = torch.where(squared > 0, gaps.abs() / squared.sqrt(), torch.inf).argmin(1)
@@ -69,10 +68,3 @@ def deepfool(
     logits = logits_in_batches(reference or logits_of, images + direction * per_row(scale), batch_size)
     reached = logits.scatter(1, base[:, None], -torch.inf).argmax(1)
     return judged(direction, scale, logits, base, reached, tolerance, status, gradients, torch.ones_like(gradients))
-
-
-def _best_others(logits_of: LogitsFunction, images: Tensor, base: Tensor, classes: int, batch_size: int) -> Tensor:
-    """(R, up to classes - 1) the best classes but the base class of each image."""
-    with torch.no_grad():
-        logits = logits_in_batches(logits_of, images, batch_size).scatter(1, base[:, None], -torch.inf)
-    return logits.topk(min(classes, logits.shape[1]) - 1, 1).indices

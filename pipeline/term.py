@@ -87,7 +87,7 @@ def recorded(classifier: Classifier, layers: Sequence[str]) -> Iterator[dict[str
     def keep(name: str, output: Any) -> None:
         if not isinstance(output, Tensor):
             raise ParameterError(f"layer '{name}' of '{network}' gives no tensor: name another one")
-        outputs[name] = output.float()
+        outputs[name] = output.float().clone()  # what comes after may work in place
 
     handles = []
     try:
@@ -109,9 +109,11 @@ def feature_shapes(classifier: Classifier, layers: Sequence[str]) -> dict[str, t
     if not layers:
         return {}
     training, image = classifier.training, torch.zeros(1, *classifier.architecture.image_shape)
-    with recorded(classifier.eval(), layers) as outputs:
-        classifier(image.to(classifier.mean.device))
-    classifier.train(training)
+    try:
+        with recorded(classifier.eval(), layers) as outputs:
+            classifier(image.to(classifier.mean.device))
+    finally:
+        classifier.train(training)
     for name in layers:
         if name not in outputs:
             raise ParameterError(f"layer '{name}' of '{classifier.architecture.network}' takes no part: name another")

@@ -1,4 +1,4 @@
-"""Small networks and data that the tests share: everything follows from explicit seeds."""
+"""Small networks, data and parameters that the tests share: everything follows from explicit seeds."""
 
 import os
 from pathlib import Path
@@ -10,9 +10,12 @@ from torch import nn
 
 from pipeline.attack import Search
 from pipeline.attack_run import SampleDataset
-from pipeline.config import Attack, Dataset, Distillation
+from pipeline.batches import Batch, BoundaryBatch
+from pipeline.config import Attack, Bss, Dataset, Hinton
 from pipeline.data import Prepared, content_digest
+from pipeline.methods.table import TERMS
 from pipeline.models import Architecture, Classifier, build
+from pipeline.objective import Moment, Objective
 from pipeline.provenance import ROOT
 from pipeline.storage import Store, file_digest
 from pipeline.weights import load_weights, save_weights
@@ -142,17 +145,20 @@ def dataset_parameters(**changes):
     return Dataset(**(values | changes))
 
 
-def distillation_parameters(**changes):
+def hinton_parameters(**changes):
+    return Hinton(**({"temperature": 3.0, "start": 4.0, "end": 1.0} | changes))
+
+
+def bss_parameters(**changes):
     values = {
         "temperature": 3.0,
-        "hinton_start": 4.0,
-        "hinton_end": 1.0,
-        "boundary_start": 2.0,
-        "boundary_zero_at": 0.75,
-        "boundary_fraction": 0.25,
-        "boundary_moves_statistics": True,
+        "start": 2.0,
+        "zero_at": 0.75,
+        "fraction": 0.25,
+        "moves_statistics": True,
+        "converged_only": True,
     }
-    return Distillation(**(values | changes))
+    return Bss(**(values | changes))
 
 
 def make_shards(folder: Path, train, teacher, attack):
@@ -165,3 +171,95 @@ def make_shards(folder: Path, train, teacher, attack):
         pass
     dataset.publish(folder / "shards")
     return folder / "shards"
+
+
+# Losses: oracles in float64 NumPy, and what students are tested with
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def softened(student, teacher, temperature):
+    """Cross-entropy of softened outputs, of each sample."""
+    target = np.exp(log_softmax(np.asarray(teacher, np.float64) / temperature))
+    return -(target * log_softmax(np.asarray(student, np.float64) / temperature)).sum(1)
+
+
+def cross_entropy(logits, labels):
+    return -log_softmax(logits)[np.arange(len(labels)), np.asarray(labels)].mean()
+
+
+def random_normal(seed, *shape, size=1.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return (size * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def random_logits(seed, rows=16, classes=5, size=3.0):
+    return size * torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed))
+
+
+class Counting(nn.Module):
+    """A student that remembers the logits of its passes."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+        self.passes = []
+
+    def forward(self, images):
+        logits = self.student(images)
+        self.passes.append(logits.detach().double().numpy())
+        return logits
+
+
+def training_student(seed=0):
+    return tiny_resnet(seed).train().requires_grad_(True)
+
+
+def wide_teacher(seed=50):
+    """A resnet8w4 for the images of `tiny_resnet`: twice as wide as the students."""
+    architecture = Architecture("resnet8w4", 4, (1, 8, 8), (0.4,), (0.3,))
+    return untrained(architecture, random_images(seed, 256), seed)
+
+
+def loss_of(student, losses, batch, epoch=0, epochs=1, teacher=None, first_stage=False):
+    """The loss of a batch by a method; `student` is a classifier, or one in `Counting`."""
+    network = student.student if isinstance(student, Counting) else student
+    return Objective(network, losses, TERMS, teacher).loss(student, batch, Moment(first_stage, epoch, epochs))
+
+
+def features_of(classifier, images):
+    """What the parts of a ResNet give out, and its logits: the submodules called one after the other, no hooks."""
+    network, features = classifier.network, {}
+    with torch.no_grad():
+        x = (images - classifier.mean) / classifier.std
+        x = features["conv1"] = network.conv1(x)
+        x = network.bn1(x).relu()
+        for name in ("layer1", "layer2", "layer3"):
+            x = features[name] = getattr(network, name)(x).clone()
+        features["linear"] = network.linear(x.mean((2, 3)))
+    return {name: value.double().numpy() for name, value in features.items()}
+
+
+def random_batch(seed, rows=24):
+    """A batch of which the student's and the teacher's classes often are the labels; and what `boundary` gave out."""
+    generator = torch.Generator().manual_seed(seed)
+    images = random_images(seed, rows)
+    student = training_student()(images).detach()
+    teacher = student + 0.8 * torch.randn(student.shape, generator=generator)
+    labels = torch.where(torch.rand(rows, generator=generator) < 0.8, student.argmax(1), 0)
+    usable = torch.rand(rows, generator=generator) < 0.9
+    samples = random_images(seed + 1, rows)
+    boundary_logits = 3 * torch.randn(student.shape, generator=generator)
+    found = torch.rand(rows, generator=generator) < 0.8
+    asked = []
+
+    def boundary(chosen):
+        asked.append(chosen.tolist())
+        return BoundaryBatch(samples[chosen], boundary_logits[chosen], found[chosen])
+
+    batch = Batch(images, labels, teacher, usable, boundary)
+    return batch, asked, boundary_logits.numpy(), found.numpy()

@@ -129,7 +129,7 @@ def test_a_merged_manifest_says_where_the_views_are_from(tmp_path, made):
 
 def test_a_student_sees_every_view_of_a_merged_dataset(tmp_path, made):
     merge([made / "a", made / "b"], tmp_path / "c")
-    source = ShardSource(BoundaryShards(tmp_path / "c"), 0, 16, CPU, with_boundary=True)
+    source = ShardSource(BoundaryShards(tmp_path / "c"), 0, 16, CPU, statuses=usable(converged_only=True))
     seen = Counter()
     for epoch in range(4):
         for batch in source.epoch(epoch):
@@ -482,7 +482,7 @@ def test_shards_without_images_are_merged_and_sampled(copy):
     merge(sources, copy / "c")
     sample(copy / "c", 70, 0, copy / "s")
     train = tiny_splits()["train"]
-    source = ShardSource(BoundaryShards(copy / "s"), 0, 16, CPU, with_boundary=True, train=train)
+    source = ShardSource(BoundaryShards(copy / "s"), 0, 16, CPU, statuses=usable(converged_only=True), train=train)
     assert sum(len(batch.labels) for batch in source.epoch(0)) == 70
 
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from pipeline.config import check_params, load_params
+from pipeline.config import Method, check_params, load_params
 from pipeline.errors import ParameterError
+from pipeline.methods.table import TERMS
 from tests.files import ROOT, tiny_values, write_params
 
 
@@ -33,7 +34,10 @@ UNKNOWN = [
     ("viewz", "known here: attack, card, dataset"),
     ("attack.viewz", "views"),
     ("teacher.training.epoch", "epochs"),
-    ("method.bss.sauce", "algorithm, source"),
+    ("method.bss.sauce", "at, bss, dkd, fitnet, fsp, hinton, rkd, source"),
+    ("method.bss.bss.beta", "converged_only, fraction, moves_statistics, start, temperature, zero_at"),
+    ("method.at.at.first_stage", "student_layers, teacher_layers, weight"),
+    ("method.bss.algorithm", "source"),
 ]
 
 
@@ -69,7 +73,7 @@ BAD = [
     ("attack.tolerance", 0, "greater than 0"),
     ("attack.max_gradients", 1001, "less than or equal to 1000"),
     ("attack.seed", -1, "greater than or equal to 0"),
-    ("attack.search", "fgsm", "'newton' or 'heo2019'"),
+    ("attack.search", "pgd", "'newton', 'heo2019', 'heo2019_probabilities', 'deepfool', 'fgsm' or 'random'"),
     ("attack.compression", "zip", "'none' or 'gzip'"),
     ("dataset.name", "imagenet", "'imagefolder'"),
     ("dataset.test_fraction", 0, "greater than 0"),
@@ -87,15 +91,26 @@ BAD = [
     ("training.divisor", 0.5, "greater than or equal to 1"),
     ("training.divisor", math.inf, "finite"),
     ("training.precision", "16", "'32-true' or 'bf16-mixed'"),
-    ("distillation.temperature", 0, "greater than 0"),
-    ("distillation.boundary_start", -1, "greater than or equal to 0"),
-    ("distillation.boundary_fraction", 1.5, "less than or equal to 1"),
+    ("method.hinton.hinton.temperature", 0, "greater than 0"),
+    ("method.hinton.hinton.end", -0.5, "greater than or equal to 0"),
+    ("method.bss.bss.start", -1, "greater than or equal to 0"),
+    ("method.bss.bss.fraction", 1.5, "less than or equal to 1"),
+    ("method.bss.bss.zero_at", 0, "greater than 0"),
+    ("method.bss.bss.converged_only", 1, "valid boolean"),
+    ("method.fitnet.fitnet.first_stage", 0, "greater than 0"),
+    ("method.fsp.fsp.first_stage", 1, "less than 1"),
+    ("method.fsp.fsp.weight", 0, "greater than 0"),
+    ("method.at.at.weight", math.inf, "finite"),
+    ("method.at.at.student_layers", "layer1", "valid list"),
+    ("method.dkd.dkd.warm_up", 1.5, "less than or equal to 1"),
+    ("method.dkd.dkd.non_target", -1, "greater than or equal to 0"),
+    ("method.rkd.rkd.angle", -1, "greater than or equal to 0"),
+    ("method.rkd.rkd", 3, "valid dictionary"),
     ("runtime.device", "tpu", "'auto', 'cpu' or 'cuda'"),
     ("runtime.threads", 0, "greater than or equal to 1"),
     ("seeds", 0, "greater than or equal to 1"),
     ("teacher.network", "resnet9", "resnet<6n+2>"),
     ("teacher.network", "resnet8w0", "resnet<6n+2>"),
-    ("method.bss.algorithm", "fitnet", "'original', 'hinton' or 'bss'"),
     ("method.bss.source", "disk", "'fresh', 'shards' or 'online'"),
 ]
 
@@ -127,9 +142,9 @@ def test_empty_lists_are_refused(key):
 
 
 def test_a_method_that_does_not_exist_is_refused_with_those_that_do():
-    message = refusal({"methods": ["original", "fitnet"]})
-    assert "'methods' names 'fitnet'" in message
-    assert "original, hinton, bss, hinton_online, bss_online" in message
+    message = refusal({"methods": ["original", "vid"]})
+    assert "'methods' names 'vid'" in message
+    assert "original, hinton, bss, hinton_online, bss_online, fitnet, at, fsp, dkd, rkd, dkd_bss, rkd_bss" in message
 
 
 @pytest.mark.parametrize("key", ["students", "methods"])
@@ -138,12 +153,85 @@ def test_names_that_come_twice_are_refused(key):
     assert f"'{key}' names something twice: {', '.join(twice)}" in refusal({key: twice})
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "source"), [("original", "shards"), ("original", "online"), ("hinton", "fresh"), ("bss", "fresh")]
-)
-def test_an_algorithm_refuses_a_source_that_it_cannot_use(algorithm, source):
-    message = refusal({"method.mine": {"algorithm": algorithm, "source": source}})
-    assert "method.mine: 'original' takes source 'fresh', the other algorithms take 'shards' or 'online'" in message
+HINTON = {"temperature": 3, "start": 4, "end": 1}
+HINTS = {"student_layers": ["layer2"], "teacher_layers": ["layer2"], "first_stage": 0.25}
+FLOW = {
+    "student_layers": ["layer1", "layer2"],
+    "teacher_layers": ["layer1", "layer2"],
+    "first_stage": 0.25,
+    "weight": 1,
+}
+
+
+@pytest.mark.parametrize("losses", [{}, {"hinton": HINTON}, {"hinton": None}, {"hinton": HINTON, "fitnet": HINTS}])
+@pytest.mark.parametrize("source", ["fresh", "shards", "online"])
+def test_fresh_images_are_for_methods_without_losses_and_for_no_other(losses, source):
+    method = {"source": source} | losses
+    if (source == "fresh") == (not any(losses.values())):
+        assert check_params(tiny_values({"method.mine": method}), "tiny").method["mine"].source == source
+    else:
+        message = refusal({"method.mine": method})
+        assert "method.mine: source 'fresh' is for a method without losses, others take 'shards' or 'online'" in message
+
+
+def test_two_losses_that_want_a_first_stage_are_refused():
+    message = refusal({"method.mine": {"source": "shards", "fitnet": HINTS, "fsp": FLOW}})
+    assert "method.mine: 'fitnet' and 'fsp' both want a first stage of their own: take one of them" in message
+
+
+PAIRS = [(["layer1"], ["layer1", "layer2"]), (["layer1", "layer2"], ["layer1"])]
+
+
+@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+@pytest.mark.parametrize("method", ["fitnet", "at", "fsp", "rkd"])
+def test_layers_are_named_pair_by_pair(method, student, teacher):
+    key = f"method.{method}.{method}"
+    message = refusal({f"{key}.student_layers": student, f"{key}.teacher_layers": teacher})
+    assert f"{key}: 'student_layers' and 'teacher_layers' name as many layers, pair by pair" in message
+    assert f"{key}.student_layers: List should have at least 1 item" in refusal(
+        {f"{key}.student_layers": [], f"{key}.teacher_layers": []}
+    )
+
+
+def test_a_flow_has_two_layers_or_more():
+    message = refusal({"method.fsp.fsp.student_layers": ["layer1"], "method.fsp.fsp.teacher_layers": ["layer1"]})
+    assert "method.fsp.fsp: 'student_layers' names at least two layers: the flow is from each to the next" in message
+
+
+def test_an_untargeted_search_takes_one_target():
+    message = refusal({"attack.search": "deepfool", "attack.targets": 2})
+    assert "attack: search 'deepfool' goes to the nearest class, so it takes 'targets' 1" in message
+    for search, targets in (("deepfool", 1), ("random", 2)):
+        check_params(tiny_values({"attack.search": search, "attack.targets": targets}), "tiny")
+
+
+def test_a_method_knows_its_losses_and_whether_it_reads_features():
+    methods = load_params(ROOT / "params.yaml").method
+    assert {name: set(method.losses) for name, method in methods.items()} == {
+        "original": set(),
+        "hinton": {"hinton"},
+        "bss": {"hinton", "bss"},
+        "hinton_online": {"hinton"},
+        "bss_online": {"hinton", "bss"},
+        "fitnet": {"fitnet", "hinton"},
+        "at": {"at"},
+        "fsp": {"fsp"},
+        "dkd": {"dkd"},
+        "rkd": {"rkd"},
+        "dkd_bss": {"dkd", "bss"},
+        "rkd_bss": {"rkd", "bss"},
+    }
+    assert {name for name, method in methods.items() if method.reads_features} == {
+        "fitnet",
+        "at",
+        "fsp",
+        "rkd",
+        "rkd_bss",
+    }
+
+
+def test_every_loss_that_parameters_know_has_a_term():
+    assert set(TERMS) == set(Method.model_fields) - {"source"}
 
 
 def test_several_mistakes_are_all_told_in_one_line():
@@ -203,4 +291,6 @@ def test_numbers_are_read_as_in_yaml_1_2(tmp_path):
 
 
 def test_whole_numbers_are_taken_where_a_fraction_may_stand():
-    assert check_params(tiny_values({"distillation.temperature": 3}), "tiny").distillation.temperature == 3.0
+    params = check_params(tiny_values({"method.hinton.hinton.temperature": 2}), "tiny")
+    assert params.method["hinton"].hinton.temperature == 2.0
+    assert type(params.method["hinton"].hinton.temperature) is float

@@ -65,9 +65,7 @@ def test_without_axes_there_is_one_variant(tmp_path):
 
 @pytest.mark.parametrize(("fraction", "epochs"), [(1, 8), (0.5, 16), (0.05, 160)])
 def test_fewer_images_are_seen_more_often(tmp_path, fraction, epochs):
-    (only,) = combinations(
-        tmp_path, f"title: mine\nvalues: {{train_fraction: {fraction}}}\n", **{"training.epochs": 8}
-    )
+    (only,) = combinations(tmp_path, f"title: mine\nvalues: {{train_fraction: {fraction}}}\n", **{"training.epochs": 8})
     assert (only.train_fraction, only.params.training.epochs) == (fraction, epochs)
 
 

@@ -1,5 +1,7 @@
 """The architecture: imports go one way, and DVC knows every module that a stage depends on."""
 
+import re
+
 import pytest
 from ruamel.yaml import YAML
 
@@ -7,9 +9,22 @@ from pipeline.provenance import ROOT, closure_of, imported_by, path_of
 
 # Modules import only from layers above their own in this list.
 LAYERS = (
-    {"errors", "status", "networks", "provenance", "losses", "similarity", "resnet"},
-    {"metrics", "shard_layout", "storage", "config", "views", "projection", "image_files", "forks", "byte_source"},
-    {"shard_format", "shard_file", "runtime", "data", "datasets", "presets", "models", "reporting", "boundary"},
+    {"errors", "status", "networks", "provenance", "similarity", "resnet", "projection"},
+    {"metrics", "shard_layout", "storage", "config", "views", "image_files", "forks", "byte_source", "boundary"},
+    {
+        "shard_format",
+        "shard_file",
+        "runtime",
+        "data",
+        "datasets",
+        "presets",
+        "models",
+        "reporting",
+        "newton",
+        "heo2019",
+        "deepfool",
+        "experiment",
+    },
     {
         "preparation",
         "weights",
@@ -17,37 +32,55 @@ LAYERS = (
         "spread",
         "shard_check",
         "shard_writer",
-        "newton",
-        "heo2019",
+        "one_step",
         "batches",
         "prediction",
         "cluster",
+        "experiment_figure",
     },
+    {"attack", "teacher", "card", "shard_store", "shard_reader", "shard_export", "evaluation", "term"},
     {
-        "attack",
-        "teacher",
-        "card",
-        "shard_store",
-        "shard_reader",
-        "shard_export",
-        "methods",
-        "evaluation",
-        "training",
+        "attack_run",
+        "evaluation_run",
+        "objective",
+        "online_source",
+        "shard_source",
+        "shard_stream",
+        "shard_rewrite",
+        "methods.hinton",
+        "methods.fitnet",
+        "methods.at",
+        "methods.fsp",
+        "methods.dkd",
+        "methods.rkd",
     },
-    {"attack_run", "online_source", "teacher_run", "shard_source", "shard_stream", "shard_rewrite"},
-    {"student_run", "attack_worker", "attack_plan", "shard_merge", "shard_sample"},
-    {"student_worker"},
+    {"training", "attack_worker", "attack_plan", "shard_merge", "shard_sample", "methods.bss"},
+    {"teacher_run", "methods.table"},
+    {"student_run"},
+    {"student_worker", "experiment_run"},
 )
 STAGES = ("prepare", "teacher", "attack", "student", "evaluate", "report")
 
 
 def modules(package):
-    return {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
+    """Names within a package, of its own packages too: as 'storage', 'methods.at'."""
+    files = (path.relative_to(ROOT / package) for path in (ROOT / package).rglob("*.py"))
+    return {".".join(path.with_suffix("").parts) for path in files if path.stem != "__init__"}
 
 
 def test_every_module_has_a_layer():
     assert set.union(*LAYERS) == modules("pipeline")
     assert sum(map(len, LAYERS)) == len(modules("pipeline"))
+    assert {"term", "methods.at", "methods.table"} <= modules("pipeline")
+
+
+def test_the_table_for_contributors_is_that_of_the_layers():
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(len(LAYERS)))
+    for (_, text), layer in zip(rows, LAYERS, strict=True):
+        names = re.findall(r"`([a-z0-9_.]+)`", text)
+        assert len(names) == len(set(names))
+        assert set(names) == layer
 
 
 def test_library_imports_only_from_lower_layers():

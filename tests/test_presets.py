@@ -54,7 +54,11 @@ def test_paper_is_the_setting_of_the_paper(params):
         assert (training.epochs, training.batch_size) == (80, 256)
         assert (training.momentum, training.weight_decay) == (0.9, 1e-4)
         assert (training.learning_rate, training.milestones, training.divisor) == (0.1, [0.5, 0.75], 10)
-    assert (given.distillation.temperature, given.dataset.padding, given.dataset.flip) == (3, 4, True)
+    hinton, bss = given.method["bss"].hinton, given.method["bss"].bss
+    assert given.method["hinton"].hinton == hinton
+    assert (hinton.temperature, hinton.start, hinton.end) == (3, 4, 1)
+    assert (bss.temperature, bss.start, bss.zero_at) == (3, 2, 0.75)
+    assert (given.dataset.padding, given.dataset.flip) == (4, True)
     assert given.dataset.validation_fraction == 0
 
 
@@ -77,8 +81,15 @@ def test_changes_are_told_and_values_come_after_presets(params):
 
 
 def test_a_new_method_is_added(params):
-    assert configure(params, ["method.far={algorithm: hinton, source: online}", "methods=[far]"])
-    assert load_params(params).method["far"].source == "online"
+    assert configure(
+        params,
+        [
+            "method.far={source: online, hinton: {temperature: 2, start: 4, end: 1}}",
+            "methods=[far]",
+        ],
+    )
+    far = load_params(params).method["far"]
+    assert (far.source, far.hinton.temperature, set(far.losses)) == ("online", 2, {"hinton"})
 
 
 def test_nothing_to_change_leaves_the_file_alone(params):
@@ -111,6 +122,11 @@ def test_a_bad_overlay_is_refused_and_changes_nothing(params, overlay, expected)
     assert expected in str(caught.value)
     assert overlay in str(caught.value)
     assert params.read_text() == before
+
+
+def test_a_value_of_a_loss_is_changed(params):
+    assert configure(params, ["method.dkd.dkd.temperature=2"]) == ["method.dkd.dkd.temperature: 4 -> 2"]
+    assert load_params(params).method["dkd"].dkd.temperature == 2
 
 
 def test_digits_brings_back_every_default_but_the_machines(params):

@@ -19,7 +19,7 @@ from pipeline.models import folded
 from pipeline.online_source import OnlineSource
 from pipeline.shard_reader import BoundaryShards
 from pipeline.shard_source import ShardSource
-from pipeline.status import Status
+from pipeline.status import Status, usable
 from tests.helpers import (
     CPU,
     attack_parameters,
@@ -78,8 +78,11 @@ def place_of(stored):
     return {image.tobytes(): place for place, image in enumerate(stored["image"])}
 
 
-def source_of(shards, seed=7, batch_size=32, with_boundary=True, **options):
-    return ShardSource(shards, seed, batch_size, CPU, with_boundary, **options)
+ON_BOUNDARY, ALL_SEARCHES, NONE = usable(converged_only=True), usable(converged_only=False), ()
+
+
+def source_of(shards, seed=7, batch_size=32, statuses=ON_BOUNDARY, **options):
+    return ShardSource(shards, seed, batch_size, CPU, statuses, **options)
 
 
 def places_in(batch, place_of):
@@ -119,13 +122,13 @@ def test_the_dataset_is_worth_testing_with(stored, place_of):
     assert ((status == Status.CONVERGED).sum(1) == 1).sum() > 10
 
 
-@pytest.mark.parametrize("with_boundary", [False, True])
+@pytest.mark.parametrize("statuses", [NONE, ON_BOUNDARY, ALL_SEARCHES], ids=["none", "converged", "all"])
 @pytest.mark.parametrize(("window", "batch_size"), [(None, 7), (None, 32), (1, 7), (1, 32), (3, 7), (3, 32), (4, 1000)])
-def test_resident_and_streamed_batches_are_the_same(shards, monkeypatch, window, batch_size, with_boundary):
+def test_resident_and_streamed_batches_are_the_same(shards, monkeypatch, window, batch_size, statuses):
     if window:
         monkeypatch.setattr(pipeline.shard_source, "WINDOW_SHARDS", window)
-    resident = source_of(shards, batch_size=batch_size, with_boundary=with_boundary, resident=True)
-    streamed = source_of(shards, batch_size=batch_size, with_boundary=with_boundary, resident=False)
+    resident = source_of(shards, batch_size=batch_size, statuses=statuses, resident=True)
+    streamed = source_of(shards, batch_size=batch_size, statuses=statuses, resident=False)
     for epoch in range(VIEWS + 1):
         assert_same_batches(resident.epoch(epoch), streamed.epoch(epoch))
 
@@ -169,42 +172,53 @@ def test_rows_are_shuffled_across_blocks_and_differently_every_epoch(shards, sto
     assert all((one != other).any() for one, other in pairwise(orders))
 
 
-def test_batches_hold_what_the_shards_hold(shards, stored, place_of):
+def test_usable_searches_are_those_that_ended_away_from_their_image():
+    assert set(ON_BOUNDARY) == {Status.CONVERGED}
+    assert set(ALL_SEARCHES) == {Status.CONVERGED, Status.NOT_CONVERGED, Status.THIRD_CLASS}
+
+
+@pytest.mark.parametrize("statuses", [ON_BOUNDARY, ALL_SEARCHES], ids=["converged", "all"])
+def test_batches_hold_what_the_shards_hold(shards, stored, place_of, statuses):
     copies = Counter(image.tobytes() for image in stored["image"])
     told_apart = np.array([copies[image.tobytes()] == 1 for image in stored["image"]])
-    taken = set()
+    taken, ended = set(), set()
     for epoch in range(VIEWS):
-        for batch in source_of(shards, batch_size=50).epoch(epoch):
+        for batch in source_of(shards, batch_size=50, statuses=statuses).epoch(epoch):
             at = places_in(batch, place_of)
             np.testing.assert_array_equal(batch.images, stored["image"][at].astype(np.float32) / np.float32(255))
             np.testing.assert_array_equal(batch.labels, stored["label"][at])
             assert batch.images.dtype == batch.teacher_logits.dtype == torch.float32
             assert batch.labels.dtype == torch.int64
             known = np.flatnonzero(told_apart[at])
-            converged = stored["status"][at] == Status.CONVERGED
+            wanted = np.isin(stored["status"][at], statuses)
             np.testing.assert_array_equal(batch.teacher_logits[known], stored["teacher_logits"][at[known]])
-            np.testing.assert_array_equal(batch.usable[known], converged[known].any(1))
+            np.testing.assert_array_equal(batch.usable[known], wanted[known].any(1))
 
             rows = np.random.default_rng(epoch).permutation(known)
             found = batch.boundary(torch.from_numpy(rows))
-            np.testing.assert_array_equal(found.usable, converged[rows].any(1))
+            np.testing.assert_array_equal(found.usable, wanted[rows].any(1))
             for number, row in enumerate(rows):
                 if found.usable[number]:
                     place = at[row]
-                    k = target_taken(stored, place, found.samples[number], found.teacher_logits[number])
-                    taken.add((converged[row].all(), k))
-    # Where both targets were reached either is taken, else the one that was.
-    assert taken == {(True, 0), (True, 1), (False, 0), (False, 1)}
+                    k = target_taken(stored, place, found.samples[number], found.teacher_logits[number], statuses)
+                    taken.add((wanted[row].all(), k))
+                    ended.add(int(stored["status"][place, k]))
+    # Where both targets can be used either is taken, else the one that can.
+    assert {(True, 0), (True, 1)} <= taken
+    if statuses == ON_BOUNDARY:
+        assert taken == {(True, 0), (True, 1), (False, 0), (False, 1)}
+    assert ended <= set(statuses)
+    assert ended & {Status.CONVERGED, Status.NOT_CONVERGED} == set(statuses) & {Status.CONVERGED, Status.NOT_CONVERGED}
 
 
-def target_taken(stored, place, sample, teacher_logits):
-    """Which target's boundary-supporting sample this is; fails if it is none of the converged ones."""
+def target_taken(stored, place, sample, teacher_logits, statuses):
+    """Which target's boundary-supporting sample this is; fails if it is none of those that can be used."""
     matches = []
     for k in range(TARGETS):
         expected = stored["image"][place] / 255 + stored["delta"][place, k] * float(stored["delta_scale"][place, k])
         logits = stored["boundary_logits"][place, k]
         if np.allclose(sample, expected, rtol=0, atol=1e-6) and np.array_equal(teacher_logits, logits):
-            assert stored["status"][place, k] == Status.CONVERGED
+            assert stored["status"][place, k] in statuses
             matches.append(k)
     assert len(matches) == 1
     return matches[0]
@@ -219,7 +233,7 @@ def test_a_boundary_sample_is_given_again_when_it_is_asked_for_again(shards):
 
 
 def test_without_boundary_there_are_no_boundary_samples(shards):
-    batches = list(source_of(shards, with_boundary=False).epoch(0))
+    batches = list(source_of(shards, statuses=NONE).epoch(0))
     assert all(batch.boundary is None and batch.usable is None for batch in batches)
     assert same_images(batches, source_of(shards).epoch(0))
 
@@ -317,7 +331,7 @@ def test_fresh_views_come_in_another_order_and_are_cut_in_another_way_every_epoc
 @pytest.fixture
 def online(train, teacher):
     search = Search(tiny_resnet(0), attack_parameters(), dataset_parameters(), CPU, batch_size=64)
-    return OnlineSource(fresh_source(train), search)
+    return OnlineSource(fresh_source(train), search, ON_BOUNDARY)
 
 
 def test_online_batches_are_fresh_views_with_the_teachers_logits(online, train, teacher):
@@ -346,12 +360,52 @@ def test_online_boundary_samples_are_on_the_teachers_boundary(online, teacher):
     assert usable > ROWS / 4
 
 
+@pytest.mark.parametrize("statuses", [ON_BOUNDARY, ALL_SEARCHES], ids=["converged", "all"])
+def test_online_samples_are_used_by_how_their_search_ended(train, statuses):
+    # Searches of few gradients, some of which come to no end.
+    search = Search(tiny_resnet(0), attack_parameters(max_gradients=2), dataset_parameters(), CPU, batch_size=64)
+    ended, find = [], search.find
+
+    def spied(*arguments):
+        result = find(*arguments)
+        ended.append(result.status)
+        return result
+
+    search.find = spied
+    batches = OnlineSource(fresh_source(train), search, statuses).epoch(0)
+    kept = [batch.boundary(torch.arange(len(batch.labels))).usable for batch in batches]
+    status = torch.cat(ended).numpy()
+    assert {Status.CONVERGED, Status.NOT_CONVERGED, Status.BASE_MISCLASSIFIED} <= set(status.tolist())
+    np.testing.assert_array_equal(torch.cat(kept), np.isin(status, statuses))
+
+
+def test_random_noise_online_follows_from_seed_epoch_and_step(train):
+    def samples(seed=3, epoch=0):
+        """The noise of each batch, on images that the teacher gets right, and what it was drawn from."""
+        search = Search(tiny_resnet(0), attack_parameters(search="random"), dataset_parameters(), CPU, batch_size=64)
+        draws, find = [], search.find
+        search.find = lambda *arguments: draws.append(arguments[-1]) or find(*arguments)
+        source = OnlineSource(fresh_source(train, padding=0, flip=False, seed=seed), search, ALL_SEARCHES)
+        batches = list(source.epoch(epoch))
+        noise = [batch.boundary(torch.arange(len(batch.labels))).samples - batch.images for batch in batches]
+        assert all((each != 0).any((1, 2, 3)).float().mean() > 0.9 for each in noise)
+        return noise, draws
+
+    first, draws = samples()
+    again, other = samples()[0], [samples(seed=4), samples(epoch=1)]
+    assert all(torch.equal(one, same) for one, same in zip(first, again, strict=True))
+    everything = draws + other[0][1] + other[1][1]
+    assert len(set(everything)) == len(everything) == 3 * len(first)
+
+
 def test_online_batches_repeat_for_the_same_seed_and_epoch(online, train):
-    other = OnlineSource(fresh_source(train), online.search)
+    other = OnlineSource(fresh_source(train), online.search, ON_BOUNDARY)
     assert_same_batches(online.epoch(1), other.epoch(1))
     assert_same_batches(online.epoch(1), other.epoch(1))
     assert not same_images(online.epoch(0), online.epoch(1))
-    assert not same_images(online.epoch(0), OnlineSource(fresh_source(train, seed=4), online.search).epoch(0))
+    assert not same_images(
+        online.epoch(0), OnlineSource(fresh_source(train, seed=4), online.search, ON_BOUNDARY).epoch(0)
+    )
     # What was asked for before changes nothing either.
     (first, *_), (second, *_) = list(online.epoch(2)), list(other.epoch(2))
     first.boundary(torch.arange(20))
@@ -364,7 +418,7 @@ def test_a_search_leaves_the_teacher_as_it_is(teacher):
     model = tiny_resnet(0)
     search = Search(model, attack_parameters(), dataset_parameters(), CPU, batch_size=64)
     train = random_prepared(2, 20, model=teacher)
-    for batch in OnlineSource(fresh_source(train), search).epoch(0):
+    for batch in OnlineSource(fresh_source(train), search, ON_BOUNDARY).epoch(0):
         batch.boundary(torch.arange(20))
     for (name, value), same in zip(model.state_dict().items(), teacher.state_dict().values(), strict=True):
         assert torch.equal(value, same), name

@@ -339,6 +339,12 @@ def save_for_ten_classes(path):
     return spoil
 
 
+def another_teacher(project):
+    teacher = tiny_teacher()
+    teacher.network.linear.bias += 1
+    save_weights(teacher, project / TEACHER)
+
+
 def shuffled_labels(project):
     path = project / "data/prepared/train.h5"
     train = read_prepared(path)
@@ -375,7 +381,7 @@ BAD = {
     "unknown key": (change({"attack.viewz": 3}), ("prepare",), 2, "attack.viewz: unknown parameter; known here: "),
     "unknown network": (change({"students": ["vgg"]}), ("teacher",), 2, "students.0: expected a network resnet<6n+2>"),
     "as many targets as classes": (change({"attack.targets": 4}), ("attack",), 2, "attack.targets: expected at most 3"),
-    "unknown method": (None, student("fitnet"), 2, "--method: expected one of "),
+    "unknown method": (None, student("vid"), 2, "--method: expected one of "),
     "unknown student": (
         None,
         ("student", "--student", "vgg", "--method", "original"),
@@ -390,6 +396,30 @@ BAD = {
     "prepared changed": (prepared_image_changed, ("attack",), 1, f"{TRAIN}: its content does not match its digest"),
     "teacher missing": (remove(TEACHER), ("attack",), 1, f"{TEACHER}: no such weights file"),
     "teacher missing for a student": (remove(TEACHER), student("bss_online"), 1, f"{TEACHER}: no such weights file"),
+    "teacher missing for its features": (
+        remove(TEACHER),
+        student("at"),
+        1,
+        f"{TEACHER}: no such file, and resnet8w2-at",
+    ),
+    "teacher of other samples": (
+        another_teacher,
+        student("fitnet"),
+        1,
+        f"{TEACHER}: not the teacher of the samples in",
+    ),
+    "layers that do not exist": (
+        change({"method.rkd.rkd.student_layers": ["layer7"]}),
+        student("rkd"),
+        2,
+        "network 'resnet8w2' has no layer 'layer7', expected one of: conv1, bn1",
+    ),
+    "one epoch for two stages": (
+        change({"training.epochs": 1}),
+        student("fsp"),
+        2,
+        "training.epochs: a method with a first stage of its own needs at least 2",
+    ),
     "teacher truncated": (lambda p: truncate(p / TEACHER), ("attack",), 1, f"{TEACHER}: not a readable safetensors"),
     "teacher of other classes": (
         save_for_ten_classes(TEACHER),

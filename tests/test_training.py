@@ -11,18 +11,18 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load
-from torch.nn import functional as F
 
 from pipeline import training
 from pipeline.batches import Batch, FreshSource, batches_of
-from pipeline.errors import DataError, TrainingError
+from pipeline.errors import DataError, ParameterError, TrainingError
+from pipeline.objective import Moment, Objective
 from pipeline.runtime import Processes
 from pipeline.shard_reader import BoundaryShards
 from pipeline.storage import Store
 from pipeline.student_run import Inputs, StudentRun
 from pipeline.teacher import architecture_for
 from pipeline.training import DIGEST_BYTES, curve_csv, fit, learning_rate
-from pipeline.weights import load_weights
+from pipeline.weights import load_weights, save_weights
 from tests.files import (
     CPU,
     ROOT,
@@ -40,7 +40,7 @@ def schedule(epochs, milestones, divisor=10, rate=0.1):
     parameters = tiny_params().training.model_copy(
         update={"epochs": epochs, "milestones": milestones, "divisor": divisor, "learning_rate": rate}
     )
-    return [learning_rate(parameters, epoch) for epoch in range(epochs)]
+    return [learning_rate(parameters, Moment(False, epoch, epochs)) for epoch in range(epochs)]
 
 
 SCHEDULES = [
@@ -83,11 +83,7 @@ class Recorded:
             yield self.change(batch, epoch, step)
 
 
-def cross_entropy(model, batch, progress):
-    return F.cross_entropy(model(batch.images), batch.labels)
-
-
-def fit_tiny(store, source=None, key="key", seed=0, validation=False, **changes):
+def fit_tiny(store, source=None, key="key", seed=0, validation=False, objective=Objective, **changes):
     defaults = {"training.epochs": 6, "training.learning_rate": 0.1}
     params = tiny_params({**defaults, **{f"training.{name}": value for name, value in changes.items()}})
     splits = tiny_splits()
@@ -97,7 +93,7 @@ def fit_tiny(store, source=None, key="key", seed=0, validation=False, **changes)
         key,
         architecture_for("resnet8w2", splits["train"]),
         (lambda: source) if isinstance(source, Recorded) else source or Recorded,
-        cross_entropy,
+        objective,
         params.training,
         seed,
         splits["validation"] if validation else None,
@@ -339,7 +335,7 @@ def student_run(directory, samples, method="bss", changes=None, **inputs):
     given = {"train": splits["train"], "validation": splits["validation"], "shards": None, "teacher": None}
     if params.method[method].source == "shards":
         given["shards"] = BoundaryShards(samples / "bss")
-    if params.method[method].source == "online":
+    if params.method[method].source == "online" or params.method[method].reads_features:
         given["teacher"] = samples / "teacher.safetensors"
     processes = Processes(params.runtime, params.training.precision)
     return StudentRun(params, "resnet8w2", method, Inputs(**(given | inputs)), processes, Store(directory))
@@ -375,11 +371,23 @@ def test_an_error_in_one_of_several_workers_is_the_runs_error(tmp_path, sample_d
 KEYS = {
     "original": (
         {"dataset.padding": 2, "training.epochs": 3},
-        {"attack.tolerance": 0.1, "distillation.temperature": 4},
+        {"attack.tolerance": 0.1, "method.hinton.hinton.temperature": 4},
     ),
-    "hinton": ({"distillation.temperature": 4}, {"distillation.boundary_start": 1, "dataset.padding": 2}),
-    "bss": ({"distillation.boundary_start": 1}, {"runtime.search_batch": 8, "attack.views": 9}),
-    "bss_online": ({"attack.tolerance": 0.1}, {"attack.views": 9, "attack.rows_per_shard": 7}),
+    "hinton": (
+        {"method.hinton.hinton.temperature": 4},
+        {"method.bss.hinton.temperature": 4, "method.bss.bss.start": 1, "dataset.padding": 2},
+    ),
+    "bss": (
+        {"method.bss.bss.start": 1, "method.bss.bss.converged_only": False},
+        {"runtime.search_batch": 8, "attack.views": 9, "method.bss_online.bss.start": 1},
+    ),
+    "bss_online": (
+        {"attack.tolerance": 0.1, "attack.search": "deepfool"},
+        {"attack.views": 9, "attack.rows_per_shard": 7},
+    ),
+    "hinton_online": ({"dataset.padding": 2}, {"attack.tolerance": 0.1, "attack.search": "deepfool"}),
+    "at": ({"method.at.at.weight": 2}, {"attack.tolerance": 0.1, "method.fsp.fsp.weight": 2}),
+    "dkd": ({"method.dkd.dkd.target": 2}, {"attack.tolerance": 0.1, "method.dkd_bss.dkd.target": 2}),
 }
 
 
@@ -399,11 +407,98 @@ def test_a_fits_fingerprint_holds_what_its_method_reads_and_nothing_else(tmp_pat
         ("original", "train", "needs prepared training data"),
         ("bss", "shards", "needs a sample dataset"),
         ("bss_online", "teacher", "needs a teacher"),
+        ("at", "teacher", "needs a teacher"),
+        ("rkd_bss", "shards", "needs a sample dataset"),
     ],
 )
 def test_a_missing_input_is_named(tmp_path, sample_directory, method, missing, expected):
     with pytest.raises(DataError, match=f"resnet8w2-{method}: {expected}"):
         student_run(tmp_path, sample_directory, method, **{missing: None})
+
+
+# Four epochs: methods with a first stage have one of it and three of the second.
+FEW_EPOCHS = {"seeds": 1, "training.epochs": 4, "training.learning_rate": 0.02}
+FEATURES = ("fitnet", "at", "fsp", "rkd", "rkd_bss")
+
+
+@pytest.mark.parametrize("method", [*FEATURES, "dkd", "dkd_bss"])
+def test_every_method_trains_from_shards(tmp_path, sample_directory, method):
+    run = student_run(tmp_path, sample_directory, method, FEW_EPOCHS)
+    (result,) = run.fit_all()
+    assert not result.reused
+    curve = [row["loss"] for row in result.curve]
+    assert len(curve) == 4
+    # The first epoch is another loss: a stage of its own, or before what warms up.
+    assert curve[-1] < curve[1 if method in ("fitnet", "fsp", "dkd", "dkd_bss") else 0]
+    plain = student_run(tmp_path, sample_directory, "original", FEW_EPOCHS).fit(0)
+    state, expected = load(result.weights.read_bytes()), load(plain.weights.read_bytes())
+    assert {name: tensor.shape for name, tensor in state.items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
+    # Finished, it is found without a teacher's pass, and trained again it ends as it did.
+    assert student_run(tmp_path, sample_directory, method, FEW_EPOCHS).fit(0).reused
+    again = student_run(tmp_path / "again", sample_directory, method, FEW_EPOCHS).fit(0)
+    assert same_state(again.weights.read_bytes(), result.weights.read_bytes())
+
+
+def test_methods_end_with_weights_of_their_own(tmp_path, sample_directory):
+    methods = ("hinton", "bss", *FEATURES, "dkd", "dkd_bss")
+    ends = [
+        student_run(tmp_path, sample_directory, method, FEW_EPOCHS).fit(0).weights.read_bytes() for method in methods
+    ]
+    for number, one in enumerate(ends):
+        assert not any(same_state(one, other) for other in ends[:number]), methods[number]
+
+
+@pytest.mark.parametrize("method", FEATURES)
+def test_a_method_that_reads_features_refuses_another_teacher(tmp_path, sample_directory, method):
+    other = tmp_path / "other.safetensors"
+    teacher = load_weights(sample_directory / "teacher.safetensors")
+    with torch.no_grad():
+        teacher.network.conv1.weight[0, 0, 0, 0] += 1
+    save_weights(teacher, other)
+    with pytest.raises(DataError) as caught:
+        student_run(tmp_path, sample_directory, method, teacher=other)
+    message = str(caught.value)
+    assert message.startswith(
+        f"{other}: not the teacher of the samples in {sample_directory / 'bss'}, and resnet8w2-{method}"
+    )
+    assert "take the teacher that they were made with, or make samples of this one" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("method", FEATURES)
+def test_a_method_that_reads_features_refuses_a_missing_teacher(tmp_path, sample_directory, method):
+    with pytest.raises(DataError) as caught:
+        student_run(tmp_path, sample_directory, method, teacher=tmp_path / "none.safetensors")
+    message = str(caught.value)
+    assert message.startswith(
+        f"{tmp_path / 'none.safetensors'}: no such file, and resnet8w2-{method} reads the teacher's"
+    )
+    assert "or take a method that reads logits alone, as hinton, dkd or bss" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("method", ["dkd", "dkd_bss", "hinton", "bss"])
+def test_a_method_that_reads_logits_alone_wants_no_teacher(tmp_path, sample_directory, method):
+    run = student_run(tmp_path / "none", sample_directory, method, FEW_EPOCHS, teacher=tmp_path / "none.safetensors")
+    without = run.fit(0)
+    given = sample_directory / "teacher.safetensors"
+    with_it = student_run(tmp_path / "given", sample_directory, method, FEW_EPOCHS, teacher=given).fit(0)
+    assert same_state(without.weights.read_bytes(), with_it.weights.read_bytes())
+
+
+BAD_LAYERS = {
+    "unknown": ({"method.at.at.student_layers": ["layer1", "layer2", "layer4"]}, "has no layer 'layer4', expected one"),
+    "sizes": ({"method.at.at.student_layers": ["layer1", "layer2", "layer2"]}, "cannot be matched"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LAYERS)
+def test_layers_that_do_not_fit_are_refused_before_any_training(tmp_path, sample_directory, case):
+    changes, expected = BAD_LAYERS[case]
+    with pytest.raises(ParameterError, match=expected):
+        student_run(tmp_path, sample_directory, "at", changes)
 
 
 def numbered_batch(rows):

@@ -1,64 +1,27 @@
-"""Losses against float64 NumPy, and the loss of each method against the same from the student's logits."""
+"""The boundary loss against float64 NumPy, and the loss of the method against the same from the student's logits."""
 
 import copy
 
 import numpy as np
 import pytest
 import torch
-from pipeline.losses import (
-    boundary_weight,
-    hinton_weight,
-    mean_over_selected,
-    select_base_samples,
-    softened_cross_entropy,
-)
 from torch import nn
 
-from pipeline.batches import Batch, BoundaryBatch
-from pipeline.methods import LOSSES, bss, hinton, original, running_statistics_kept
+from pipeline.batches import Batch
+from pipeline.methods.bss import boundary_weight, mean_over_selected, running_statistics_kept, select_base_samples
 from tests.helpers import (
-    distillation_parameters,
+    Counting,
+    bss_parameters,
+    cross_entropy,
+    hinton_parameters,
+    log_softmax,
+    loss_of,
+    random_batch,
     random_images,
-    tiny_resnet,
+    random_logits,
+    softened,
+    training_student,
 )
-
-
-def log_softmax(logits):
-    logits = np.asarray(logits, np.float64)
-    shifted = logits - logits.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-
-
-def softened(student, teacher, temperature):
-    target = np.exp(log_softmax(np.asarray(teacher, np.float64) / temperature))
-    return -(target * log_softmax(np.asarray(student, np.float64) / temperature)).sum(1)
-
-
-def random_logits(seed, rows=16, classes=5, size=3.0):
-    return size * torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0, 20.0])
-@pytest.mark.parametrize("classes", [2, 5, 100])
-def test_softened_cross_entropy(temperature, classes):
-    student, teacher = random_logits(0, classes=classes), random_logits(1, classes=classes)
-    result = softened_cross_entropy(student, teacher, temperature)
-    # Near zero, a loss is as exact as 1 minus a float32 probability.
-    np.testing.assert_allclose(result.numpy(), softened(student, teacher, temperature), rtol=1e-5, atol=1e-6)
-
-
-def test_softened_cross_entropy_of_equal_outputs_is_their_entropy():
-    logits = random_logits(0)
-    log_probability = log_softmax(logits / 3)
-    entropy = -(np.exp(log_probability) * log_probability).sum(1)
-    np.testing.assert_allclose(softened_cross_entropy(logits, logits, 3.0).numpy(), entropy, rtol=1e-5)
-    # More than the entropy for anything else.
-    assert (softened_cross_entropy(random_logits(1), logits, 3.0).numpy() > entropy).all()
-
-
-def test_softened_cross_entropy_of_extreme_logits_is_finite():
-    student, teacher = torch.tensor([[1e4, 0.0, -1e4]]), torch.tensor([[-1e4, 0.0, 1e4]])
-    np.testing.assert_allclose(softened_cross_entropy(student, teacher, 1.0).numpy(), [2e4], rtol=1e-6)
 
 
 def selected_by_loop(student, teacher, labels, usable):
@@ -151,83 +114,24 @@ def test_boundary_weight_is_exactly_zero_from_its_end_on():
     assert weights[30:] == [0.0] * 10
 
 
-@pytest.mark.parametrize(("progress", "expected"), [(0, 4), (0.25, 3.25), (0.5, 2.5), (1, 1)])
-def test_hinton_weight(progress, expected):
-    assert hinton_weight(progress, start=4, end=1) == pytest.approx(expected, abs=1e-12)
-
-
 # Methods
 
 
-class Counting(nn.Module):
-    """A student that remembers the logits of its passes."""
-
-    def __init__(self, student):
-        super().__init__()
-        self.student = student
-        self.passes = []
-
-    def forward(self, images):
-        logits = self.student(images)
-        self.passes.append(logits.detach().double().numpy())
-        return logits
+HINTON = {"hinton": hinton_parameters()}
 
 
-def training_student(seed=0):
-    return tiny_resnet(seed).train().requires_grad_(True)
+def both(**changes):
+    """As the paper has it: beside the softened teacher on the images."""
+    return {"hinton": hinton_parameters(), "bss": bss_parameters(**changes)}
 
 
-def cross_entropy(logits, labels):
-    return -log_softmax(logits)[np.arange(len(labels)), labels].mean()
-
-
-def random_batch(seed, rows=24):
-    """A batch of which the student's and the teacher's classes often are the labels; and what `boundary` gave out."""
-    generator = torch.Generator().manual_seed(seed)
-    images = random_images(seed, rows)
-    student = training_student()(images).detach()
-    teacher = student + 0.8 * torch.randn(student.shape, generator=generator)
-    labels = torch.where(torch.rand(rows, generator=generator) < 0.8, student.argmax(1), 0)
-    usable = torch.rand(rows, generator=generator) < 0.9
-    samples = random_images(seed + 1, rows)
-    boundary_logits = 3 * torch.randn(student.shape, generator=generator)
-    found = torch.rand(rows, generator=generator) < 0.8
-    asked = []
-
-    def boundary(chosen):
-        asked.append(chosen.tolist())
-        return BoundaryBatch(samples[chosen], boundary_logits[chosen], found[chosen])
-
-    batch = Batch(images, labels, teacher, usable, boundary)
-    return batch, asked, boundary_logits.numpy(), found.numpy()
-
-
-def test_original_is_the_cross_entropy_with_the_labels():
-    student = Counting(training_student())
-    batch = Batch(random_images(0, 12), torch.arange(12) % 4)
-    loss = original(student, batch, distillation_parameters(), 0.3)
-    assert loss.item() == pytest.approx(cross_entropy(student.passes[0], batch.labels.numpy()), rel=1e-5)
-    assert len(student.passes) == 1
-
-
-@pytest.mark.parametrize(("progress", "alpha"), [(0, 4), (0.5, 2.5), (0.9, 1.3)])
-def test_hinton_adds_the_softened_teacher(progress, alpha):
-    student = Counting(training_student())
-    batch, asked, _, _ = random_batch(3)
-    loss = hinton(student, batch, distillation_parameters(temperature=2.0), progress)
-    (logits,) = student.passes
-    expected = cross_entropy(logits, batch.labels.numpy()) + alpha * softened(logits, batch.teacher_logits, 2.0).mean()
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert asked == []
-
-
-@pytest.mark.parametrize(("progress", "alpha", "beta"), [(0, 4, 2), (0.375, 2.875, 1)])
+@pytest.mark.parametrize(("epoch", "alpha", "beta"), [(0, 4, 2), (3, 2.875, 1)])
 @pytest.mark.parametrize("fraction", [0.25, 1.0])
 @pytest.mark.parametrize("seed", range(3))
-def test_bss_adds_the_softened_teacher_on_boundary_samples(seed, fraction, progress, alpha, beta):
+def test_bss_adds_the_softened_teacher_on_boundary_samples(seed, fraction, epoch, alpha, beta):
     student = Counting(training_student())
     batch, asked, boundary_logits, found = random_batch(seed)
-    loss = bss(student, batch, distillation_parameters(boundary_fraction=fraction), progress)
+    loss = loss_of(student, both(fraction=fraction), batch, epoch, 8)
     clean, on_boundary = student.passes
     (rows,) = asked
     assert len(rows) == fraction * 24
@@ -240,21 +144,36 @@ def test_bss_adds_the_softened_teacher_on_boundary_samples(seed, fraction, progr
     ]
     assert 0 < len(terms) < 24
     expected = (
-        cross_entropy(clean, batch.labels.numpy())
+        cross_entropy(clean, batch.labels)
         + alpha * softened(clean, batch.teacher_logits, 3.0).mean()
         + beta * np.mean(terms)
     )
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("progress", [0.75, 0.9])
-def test_bss_makes_no_second_pass_once_its_weight_is_zero(progress):
+def test_bss_alone_has_a_temperature_of_its_own():
+    batch, asked, boundary_logits, found = random_batch(2)
+    student = Counting(training_student())
+    loss = loss_of(student, {"bss": bss_parameters(temperature=1.5, fraction=1.0)}, batch)
+    clean, on_boundary = student.passes
+    (rows,) = asked
+    scores = selected_by_loop(clean, batch.teacher_logits, batch.labels, batch.usable)
+    terms = [
+        softened(on_boundary[place][None], boundary_logits[row][None], 1.5)[0]
+        for place, row in enumerate(rows)
+        if row in scores and found[row]
+    ]
+    assert loss.item() == pytest.approx(cross_entropy(clean, batch.labels) + 2 * np.mean(terms), rel=1e-5)
+
+
+@pytest.mark.parametrize(("epoch", "epochs"), [(6, 8), (9, 10)])
+def test_bss_makes_no_second_pass_once_its_weight_is_zero(epoch, epochs):
     student = Counting(training_student())
     batch, asked, _, _ = random_batch(0)
-    loss = bss(student, batch, distillation_parameters(), progress)
+    loss = loss_of(student, both(), batch, epoch, epochs)
     assert len(student.passes) == 1
     assert asked == []
-    assert loss == hinton(training_student(), batch, distillation_parameters(), progress)
+    assert loss == loss_of(training_student(), HINTON, batch, epoch, epochs)
 
 
 def test_bss_without_any_boundary_sample_is_hinton():
@@ -262,22 +181,20 @@ def test_bss_without_any_boundary_sample_is_hinton():
     none_usable = Batch(
         batch.images, batch.labels, batch.teacher_logits, torch.zeros(24, dtype=torch.bool), batch.boundary
     )
-    loss = bss(training_student(), none_usable, distillation_parameters(), 0.0)
+    loss = loss_of(training_student(), both(), none_usable)
     assert len(asked) == 1  # a fixed count of fillers, so that nothing waits for the device
-    assert loss == hinton(training_student(), batch, distillation_parameters(), 0.0)
+    assert loss == loss_of(training_student(), HINTON, batch)
 
 
 def test_bss_takes_at_least_one_row():
     batch, asked, _, _ = random_batch(0)
-    bss(training_student(), batch, distillation_parameters(boundary_fraction=0.01), 0.0)
+    loss_of(training_student(), both(fraction=0.01), batch)
     assert len(asked[0]) == 1
 
 
-@pytest.mark.parametrize("method", LOSSES)
-def test_the_gradient_reaches_every_weight_of_the_student(method):
+def test_the_gradient_reaches_every_weight_of_the_student():
     student = training_student()
-    batch, _, _, _ = random_batch(1)
-    LOSSES[method](student, batch, distillation_parameters(), 0.0).backward()
+    loss_of(student, both(), random_batch(1)[0]).backward()
     for name, parameter in student.named_parameters():
         assert torch.isfinite(parameter.grad).all(), name
     assert student.network.conv1.weight.grad.abs().sum() > 0
@@ -285,12 +202,12 @@ def test_the_gradient_reaches_every_weight_of_the_student(method):
 
 
 def test_the_boundary_samples_have_their_own_share_of_the_gradient():
-    def gradient(method):
+    def gradient(losses):
         student = training_student()
-        method(student, random_batch(1)[0], distillation_parameters(), 0.0).backward()
+        loss_of(student, losses, random_batch(1)[0]).backward()
         return student.network.conv1.weight.grad
 
-    assert not torch.allclose(gradient(bss), gradient(hinton), rtol=1e-3)
+    assert not torch.allclose(gradient(both()), gradient(HINTON), rtol=1e-3)
 
 
 def running_statistics(student):
@@ -306,8 +223,8 @@ def test_running_statistics_move_by_the_boundary_pass_only_if_asked(moves, momen
             module.momentum = momentum
             module.reset_running_stats()
     batch, _, _, _ = random_batch(0)
-    hinton(once, batch, distillation_parameters(), 0.0)
-    bss(twice, batch, distillation_parameters(boundary_moves_statistics=moves), 0.0)
+    loss_of(once, HINTON, batch)
+    loss_of(twice, both(moves_statistics=moves), batch)
     after_one, after_two = running_statistics(once), running_statistics(twice)
     assert len(after_one) == 14
     for name, value in after_one.items():
