@@ -27,6 +27,7 @@ from pipeline.shard_sample import sample
 from pipeline.shard_source import ShardSource
 from pipeline.shard_store import adopt
 from pipeline.shard_writer import write_shard
+from pipeline.status import usable
 from tests.files import (
     change_manifest,
     contents,
