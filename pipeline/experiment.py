@@ -26,6 +26,8 @@ MEASURES = {
     "mag_sim": ("MagSim", 1),
     "ang_sim": ("AngSim", 1),
 }
+SIMILARITIES = ("mag_sim", "ang_sim")
+FEWEST_PAIRS = 30  # for a similarity to be shown
 COMPARED = ("validation", "accuracy", "ang_sim")
 
 Labels = dict[str, str]
@@ -49,6 +51,7 @@ class Experiment(_Strict):
     axes: dict[str, dict[str, dict[str, Any]]] = Field({}, description="parameters of each label of each axis")
     references: dict[str, Labels] = Field({}, description="by title: what is another in the row to compare with")
     floor: Labels | None = Field(None, description="the row whose mean less three deviations no run should fall below")
+    costs: bool = Field(False, description="whether the table says what the samples took")
     figure: str | None = Field(None, description="the axis along which accuracy is drawn")
 
 
@@ -109,6 +112,7 @@ class Results(_Strict):
     """Of perturbations that all students have."""
     references: dict[str, Labels]
     floor: Labels | None
+    costs: bool
     figure: str | None
     cells: Annotated[list[Cell], Field(min_length=1)]
 
@@ -246,12 +250,14 @@ def reference_of(results: Results, cell: Cell, changes: Labels) -> Cell | None:
 def markdown_table(results: Results) -> str:
     """The results as Markdown, a row for each cell; differences that exceed two standard errors are bold."""
     names = [name for name in results.cells[0].labels if len({cell.labels[name] for cell in results.cells}) > 1]
-    shown = [name for name in MEASURES if any(estimate(cell.values(name)) for cell in results.cells)]
+    known = [name for name in MEASURES if any(estimate(cell.values(name)) for cell in results.cells)]
+    shown = [name for name in known if name not in SIMILARITIES or results.pairs >= FEWEST_PAIRS]
     compared = [name for name in COMPARED if name in shown]
     titles = [f"{MEASURES[name][0].split(',')[0]}, {title}" for title in results.references for name in compared]
     header = [*(name.capitalize() for name in names), "n", *(MEASURES[name][0] for name in shown), *titles]
     floor = _floor(results, shown[0])
     header += ["Lowest run, %", "Runs below the floor"] if floor is not None else []
+    header += ["Samples", "On the boundary, %", "Gradients a sample", "MB"] if results.costs else []
     lines = [f"| {' | '.join(header)} |", "|---" * len(names) + "|---:" * (len(header) - len(names)) + "|"]
     for cell in results.cells:
         draws, seeds = len(cell.runs), len(cell.runs[0])
@@ -265,8 +271,17 @@ def markdown_table(results: Results) -> str:
         if floor is not None:
             runs = [value for draw in cell.values(shown[0]) for value in draw]
             cells += [_number(min(runs), 100), str(sum(value < floor for value in runs))]
+        if results.costs:
+            cells += _costs(cell.cost)
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    images = ", ".join(f"{name} {count:,}" for name, count in results.images.items())
+    note = (
+        f"{results.dataset}, images: {images}; teacher {results.teacher:.1%} on test. ± is the standard deviation between "
+        f"seeds; differences have their standard errors in brackets, and are bold beyond {STANDARD_ERRORS} of them."
+    )
+    if results.pairs >= FEWEST_PAIRS:
+        note += f" Similarities: of the {results.pairs} pairs of perturbations that all students have."
+    return "\n".join([*lines, "", note]) + "\n"
 
 
 def _floor(results: Results, measure: str) -> float | None:
@@ -275,6 +290,13 @@ def _floor(results: Results, measure: str) -> float | None:
     cells = [cell for cell in results.cells if wanted <= cell.labels.items()] if results.floor else []
     known = estimate(cells[0].values(measure)) if cells else None
     return known.mean - DEVIATIONS * known.deviation if known and known.deviation is not None else None
+
+
+def _costs(cost: Cost | None) -> list[str]:
+    if cost is None:
+        return ["-"] * 4
+    gradients = f"{cost.gradients / cost.samples:.1f}"
+    return [f"{cost.samples:,}", _number(cost.converged / cost.samples, 100), gradients, f"{cost.bytes / 1e6:.1f}"]
 
 
 def _mean(value: Estimate | None, scale: float) -> str:

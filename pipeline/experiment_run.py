@@ -153,6 +153,7 @@ class ExperimentRun:
             pairs=int(common.sum()),
             references=self.experiment.references,
             floor=self.experiment.floor,
+            costs=self.experiment.costs,
             figure=self.experiment.figure,
             cells=[
                 Cell(labels=cell.labels, runs=[[run_of(fit) for fit in draw] for draw in cell.fits], cost=cell.cost)

@@ -9,6 +9,7 @@ import pytest
 from pipeline.errors import DataError, ParameterError
 from pipeline.experiment import (
     Cell,
+    Cost,
     Results,
     Run,
     difference,
@@ -167,18 +168,19 @@ def run_with(accuracy, mag_sim=0.5):
     return Run(validation=accuracy, accuracy=accuracy, agreement=accuracy, mag_sim=mag_sim, ang_sim=0.25)
 
 
-def results_of(cells, references=None, floor=None, figure=None):
+def results_of(cells, references=None, floor=None, figure=None, cost=None, pairs=40):
     return Results(
         title="mine",
         dataset="digits",
         teacher=0.99,
         images={"train": 10, "test": 5},
-        pairs=4,
+        pairs=pairs,
         references=references or {},
         floor=floor,
+        costs=cost is not None,
         figure=figure,
         cells=[
-            Cell(labels=labels, runs=[[run_with(value) for value in draw] for draw in draws], cost=None)
+            Cell(labels=labels, runs=[[run_with(value) for value in draw] for draw in draws], cost=cost)
             for labels, draws in cells
         ],
     )
@@ -213,7 +215,7 @@ def test_a_reference_differs_in_the_labels_that_it_names():
 
 def test_the_table_has_means_spread_and_marks_clear_differences():
     table = markdown_table(results_of(TWO, {"less hinton": {"method": "hinton"}}))
-    header, rule, hinton, bss = table.splitlines()
+    header, rule, hinton, bss, _, note = table.splitlines()
     assert header == (
         "| Method | n | Validation, % | Test, % | MagSim | AngSim | Validation, less hinton | Test, less hinton "
         "| AngSim, less hinton |"
@@ -224,6 +226,8 @@ def test_the_table_has_means_spread_and_marks_clear_differences():
         "| bss | 4 | 97.0 ± 1.6 | 97.0 ± 1.6 | 0.500 ± 0.000 | 0.250 ± 0.000 | **+4.0** (1.5) | **+4.0** (1.5) "
         "| +0.000 (0.000) |"
     )
+    assert "digits, images: train 10, test 5; teacher 99.0% on test." in note
+    assert "of the 40 pairs of perturbations" in note
 
 
 def test_the_table_counts_runs_below_the_floor():
@@ -231,7 +235,22 @@ def test_the_table_counts_runs_below_the_floor():
     cells = [*TWO, ({"method": "far"}, [[0.95, 0.86, 0.85, 0.30]])]
     lines = markdown_table(results_of(cells, floor={"method": "hinton"})).splitlines()
     assert lines[0].endswith("| Lowest run, % | Runs below the floor |")
-    assert [line.split("|")[-3:-1] for line in lines[2:]] == [[" 90.0 ", " 0 "], [" 95.0 ", " 0 "], [" 30.0 ", " 2 "]]
+    assert [line.split("|")[-3:-1] for line in lines[2:5]] == [[" 90.0 ", " 0 "], [" 95.0 ", " 0 "], [" 30.0 ", " 2 "]]
+
+
+def test_similarities_of_hardly_any_pairs_are_not_shown():
+    table = markdown_table(results_of(TWO, {"less hinton": {"method": "hinton"}}, pairs=29))
+    assert table.splitlines()[0] == (
+        "| Method | n | Validation, % | Test, % | Validation, less hinton | Test, less hinton |"
+    )
+    assert "Similarities" not in table
+
+
+def test_the_table_has_what_samples_took_where_it_is_asked_for():
+    cost = Cost(samples=2000, bytes=3_450_000, gradients=6500, converged=1890)
+    lines = markdown_table(results_of(TWO, cost=cost)).splitlines()
+    assert lines[0].endswith("| Samples | On the boundary, % | Gradients a sample | MB |")
+    assert lines[2].endswith("| 2,000 | 94.5 | 3.2 | 3.5 |")
 
 
 def test_several_draws_are_told():

@@ -135,15 +135,15 @@ def test_digits_brings_back_every_default_but_the_machines(params):
         "dataset.skip_bad=true",
         "training.precision=bf16-mixed",
         "evaluation.similarity_images=7",
+        "method.dkd.dkd.temperature=2",
     ]
     before = params.read_text()
     configure(params, changed)
     configure(params, [preset("digits")])
     assert params.read_text() == before
     default = YAML(typ="safe").load(ROOT / "params.yaml")
-    assert {key: value for key, value in default.items() if key not in ("runtime", "method")} == YAML(typ="safe").load(
-        ROOT / "presets/digits.yaml"
-    )
+    del default["runtime"]
+    assert default == YAML(typ="safe").load(ROOT / "presets/digits.yaml")
 
 
 def test_a_file_that_is_no_text_is_refused(params, tmp_path):
