@@ -93,9 +93,10 @@ class ExperimentRun:
                 shards, cost = self._samples(params, train)
                 inputs = inputs._replace(shards=shards)
             for (student, method), cell in cells.items():
-                run = StudentRun(params, student, method, inputs, self.processes, store)
-                cell.fits.append(run.fit_all())
-                cell.cost = cost if methods[method].source == "shards" and methods[method].bss else None
+                from_shards = methods[method].source == "shards"
+                if from_shards or draw == 0:  # nothing else depends on the draw
+                    cell.fits.append(StudentRun(params, student, method, inputs, self.processes, store).fit_all())
+                cell.cost = cost if from_shards and methods[method].bss else None
                 done()
         return list(cells.values())
 
