@@ -276,8 +276,8 @@ def markdown_table(results: Results) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     images = ", ".join(f"{name} {count:,}" for name, count in results.images.items())
     note = (
-        f"{results.dataset}, images: {images}; teacher {results.teacher:.1%} on test. ± is the standard deviation between "
-        f"seeds; differences have standard errors in brackets, and are bold beyond {STANDARD_ERRORS} of them."
+        f"{results.dataset}, images: {images}; teacher {results.teacher:.1%} on test. ± is the standard deviation "
+        f"between seeds; differences have standard errors in brackets, and are bold beyond {STANDARD_ERRORS} of them."
     )
     if results.pairs >= FEWEST_PAIRS:
         note += f" Similarities: of the {results.pairs} pairs of perturbations that all students have."
