@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from io import StringIO
 from typing import Any
 
 from pipeline.experiment import Results, estimate
 
-COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
+COLOURS = {"original": "#8c8c8c", "hinton": "#4c72b0", "bss": "#c44e52"}  # the same in all figures; then of the others
+OTHERS = ("#55a868", "#dd8452", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
 LOG_FROM = 5  # the ratio of the largest to the smallest number on the axis
 
 
@@ -31,7 +33,9 @@ def experiment_svg(results: Results, axis: str) -> str:
         known = estimate(cell.values("accuracy"))
         if known is not None:
             lines.setdefault(name, []).append((_number(cell.labels[axis]), known.mean, known.error or 0.0))
-    for (name, points), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
+    others = itertools.cycle(OTHERS)
+    for name, points in lines.items():
+        colour = COLOURS.get(name) or next(others)
         numbered = sorted((x, mean, error) for x, mean, error in points if x is not None)
         axes.errorbar(
             [x for x, _, _ in numbered],
