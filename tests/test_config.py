@@ -1,8 +1,10 @@
 """Parameters: what is refused, and in which words."""
 
 import math
+import re
 
 import pytest
+from ruamel.yaml import YAML
 
 from pipeline.config import Method, check_params, load_params
 from pipeline.errors import ParameterError
@@ -294,3 +296,11 @@ def test_whole_numbers_are_taken_where_a_fraction_may_stand():
     params = check_params(tiny_values({"method.hinton.hinton.temperature": 2}), "tiny")
     assert params.method["hinton"].hinton.temperature == 2.0
     assert type(params.method["hinton"].hinton.temperature) is float
+
+
+def test_the_methods_of_the_documentation_are_methods():
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs/METHODS.md").read_text(), re.M | re.S)
+    assert len(blocks) >= 2
+    for block in blocks:
+        for name, method in YAML(typ="safe").load(block)["method"].items():
+            assert check_params(tiny_values({f"method.{name}": method}), "METHODS.md").method[name].losses
