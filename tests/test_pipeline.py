@@ -152,3 +152,22 @@ def test_a_bad_parameter_stops_the_run_and_keeps_what_is_published(clone):
     assert (clone / "dvc.lock").read_bytes() == before
     change_params(clone, {"attack.views": 2})
     assert "Running stage" not in repro(clone, "attack")
+
+
+def test_an_experiment_is_run_with_what_it_needs_and_then_cached(tmp_path):
+    directory = tmp_path / "project"
+    tiny = {"attack.views": 1, "teacher.network": "resnet8w4", "teacher.training.epochs": 4, "training.epochs": 2}
+    new_project(directory, tiny)
+    (directory / "experiments/methods.yaml").write_text("title: Mine\nvalues: {methods: [original, at], seeds: 2}\n")
+    target = "experiments/dvc.yaml:experiment@methods"
+    output = repro(directory, target)
+    assert "Running stage 'teacher'" in output
+    assert "Running stage 'attack'" not in output  # it makes samples of its own
+    table = (directory / "reports/experiments/methods/table.md").read_text()
+    assert [line.split(" | ")[:2] for line in table.splitlines()[2:4]] == [["| original", "2"], ["| at", "2"]]
+    assert "didn't change" in repro(directory, target)
+    assert "Running stage 'experiment" not in repro(directory)  # which runs the pipeline alone
+    change_params(directory, {"method.at.at.weight": 2})
+    again = repro(directory, target)
+    assert "Running stage 'experiments/dvc.yaml:experiment@methods'" in again
+    assert "Running stage 'teacher'" not in again
