@@ -11,7 +11,7 @@ from pipeline.data import read_prepared, read_validation
 from pipeline.experiment import load_experiment, markdown_table
 from pipeline.experiment_figure import experiment_svg
 from pipeline.experiment_run import ExperimentRun, Materials
-from pipeline.storage import lock, write_atomically, write_json
+from pipeline.storage import lock, write_atomically
 from stages.cli import PATH, WORK, errors_in_one_line, params_option, path_option, say
 
 
@@ -41,7 +41,7 @@ def main(experiment: Path, params_path: Path, prepared: Path, teacher: Path, out
     with lock(WORK / "experiment.lock", say), lock(WORK / "shards.lock", say):
         results = ExperimentRun(wanted, params, materials).results()
     table = markdown_table(results)
-    write_json(out / "results.json", results.model_dump())
+    write_atomically(out / "results.json", results.model_dump_json(indent=1) + "\n")
     write_atomically(out / "table.md", table)
     if results.figure:
         write_atomically(out / "figure.svg", experiment_svg(results, results.figure))
