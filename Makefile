@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+EXPERIMENTS := methods weights views targets attacks few few_draws stability
+
 .PHONY: help repro experiments test bench lint style clean
 
 help:
 	@echo "make repro   install into .venv and run the whole pipeline (dvc repro)"
-	@echo "make experiment-NAME  one comparison: attacks, few, methods, photographs, stability, targets, views or weights"
-	@echo "make experiments  all of them (an hour and a half on two cores)"
+	@echo "make experiment-NAME  one comparison: $(EXPERIMENTS) photographs"
+	@echo "make experiments  all of them but photographs (an hour and a half on two cores)"
 	@echo "make test    install into .venv, check style and types, run all tests"
 	@echo "make bench   measure everything in docs/BENCHMARKS.md again (half an hour; needs real images, see there)"
 	@echo "make lint    check style and types only"
@@ -27,7 +29,7 @@ experiment-%: .venv/.installed
 	dvc repro experiments/dvc.yaml:experiment@$*
 
 experiments: .venv/.installed
-	dvc repro experiments/dvc.yaml
+	dvc repro $(foreach name,$(EXPERIMENTS),experiments/dvc.yaml:experiment@$(name))
 
 test: lint
 	python -m pytest

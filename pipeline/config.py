@@ -229,8 +229,11 @@ class Method(Section):
 
     @model_validator(mode="after")
     def _source_and_losses_fit(self) -> Method:
-        if (self.source == "fresh") != (not self.losses):
-            raise ValueError("source 'fresh' is for a method without losses, others take 'shards' or 'online'")
+        if self.source == "fresh" and self.losses:
+            raise ValueError("source 'fresh' has no teacher: losses take 'shards' or 'online'")
+        if self.source != "fresh" and not self.losses:
+            known = [name for name in type(self).model_fields if name != "source"]
+            raise ValueError(f"source '{self.source}' needs at least one loss: {', '.join(known)}")
         if self.fitnet and self.fsp:
             raise ValueError("'fitnet' and 'fsp' both want a first stage of their own: take one of them")
         return self

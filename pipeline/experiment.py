@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, NamedTuple
@@ -42,13 +42,15 @@ class Experiment(_Strict):
     """What varies, and with what each result is compared; read from a YAML file.
 
     Keys of values are those of params.yaml, as `attack.views`; `train_fraction` is the fraction of the training images
-    that students see, with as many more epochs, so that they take as many steps.
+    that students see, with as many more epochs, so that they see as many images.
     """
 
     title: Line
-    draws: Count = Field(1, description="of views and target classes: attack.seed, and the numbers after it")
+    draws: Count = Field(1, description="of views, target classes, parts of the images: other seeds of the dataset")
     values: dict[str, Any] = Field({}, description="parameters of all runs")
-    axes: dict[str, dict[str, dict[str, Any]]] = Field({}, description="parameters of each label of each axis")
+    axes: dict[str, Annotated[dict[str, dict[str, Any]], Field(min_length=1)]] = Field(
+        {}, description="parameters of each label of each axis"
+    )
     references: dict[str, Labels] = Field({}, description="by title: what is another in the row to compare with")
     floor: Labels | None = Field(None, description="the row whose mean less three deviations no run should fall below")
     costs: bool = Field(False, description="whether the table says what the samples took")
@@ -143,6 +145,13 @@ def variants(experiment: Experiment, params: Params) -> Iterator[Variant]:
         ParameterError: a parameter is unknown or bad, or is none that an experiment can vary.
     """
     names = list(experiment.axes)
+    taken = [name for name in names if name in ("student", "method")]
+    if taken:
+        raise ParameterError(f"{experiment.title}: no axis is called '{taken[0]}': vary `methods` or `students`")
+    if experiment.figure and experiment.figure not in names:
+        raise ParameterError(
+            f"{experiment.title}: figure: expected an axis ({', '.join(names) or 'there is none'}), got '{experiment.figure}'"
+        )
     for labels in itertools.product(*experiment.axes.values()):
         chosen = dict(zip(names, labels, strict=True))
         values = dict(experiment.values)
@@ -160,9 +169,9 @@ def _variant(labels: Labels, params: Params, values: Mapping[str, Any], source: 
             fraction = value
             continue
         *parents, last = key.split(".")
-        if (parents or [last])[0] not in VARIED:
+        if (parents or [last])[0] not in VARIED or key == "training.precision":
             raise ParameterError(f"{source}: '{key}' does not vary in an experiment, only {', '.join(VARIED)}")
-        section = document
+        section: Any = document
         for parent in parents:
             if not isinstance(section.get(parent), dict):
                 raise ParameterError(f"{source}: unknown parameter '{key}'")
@@ -170,8 +179,28 @@ def _variant(labels: Labels, params: Params, values: Mapping[str, Any], source: 
         section[last] = value
     if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise ParameterError(f"{source}: {TRAIN_FRACTION}: expected more than 0 and at most 1, got {fraction}")
-    document["training"]["epochs"] = round(document["training"]["epochs"] / fraction)
-    return Variant(labels, check_params(document, source), float(fraction))
+    varied = check_params(document, source)
+    training = varied.training.model_copy(update={"epochs": round(varied.training.epochs / fraction)})
+    return Variant(labels, varied.model_copy(update={"training": training}), float(fraction))
+
+
+def labels_of(variant: Variant) -> Iterator[Labels]:
+    """The labels of each cell of a combination."""
+    for student in variant.params.students:
+        for method in variant.params.methods:
+            yield variant.labels | {"student": student, "method": method}
+
+
+def check_comparisons(experiment: Experiment, cells: Sequence[Labels]) -> None:
+    """Refuse a reference or a floor that no row could be compared with.
+
+    Raises:
+        ParameterError: it names which.
+    """
+    wanted = experiment.references | ({"floor": experiment.floor} if experiment.floor else {})
+    for title, changes in wanted.items():
+        if not any(cell | changes in cells for cell in cells):
+            raise ParameterError(f"{experiment.title}: '{title}': no row has {changes}")
 
 
 def read_results(path: Path) -> Results:
@@ -208,9 +237,8 @@ def estimate(values: list[list[float]]) -> Estimate | None:
         return None
     deviations = [float(np.std(draw, ddof=1)) for draw in values if len(draw) > 1]
     deviation = fmean(deviations) if deviations else None
-    whole = len({len(draw) for draw in values}) == 1 and len(values[0]) > 1
     error = None
-    if whole:
+    if len({len(draw) for draw in values}) == 1 and len(flat) > 1:
         table = np.array(values)
         variances = [table.mean(1 - axis).var(ddof=1) / table.shape[axis] for axis in (0, 1) if table.shape[axis] > 1]
         error = float(sum(variances) ** 0.5)
@@ -255,8 +283,7 @@ def markdown_table(results: Results) -> str:
     compared = [name for name in COMPARED if name in shown]
     titles = [f"{MEASURES[name][0].split(',')[0]}, {title}" for title in results.references for name in compared]
     header = [*(name.capitalize() for name in names), "n", *(MEASURES[name][0] for name in shown), *titles]
-    floor = _floor(results, shown[0])
-    header += ["Lowest run, %", "Runs below the floor"] if floor is not None else []
+    header += ["Lowest run, %", "Runs below the floor"] if results.floor else []
     header += ["Samples", "On the boundary, %", "Gradients a sample", "MB"] if results.costs else []
     lines = [f"| {' | '.join(header)} |", "|---" * len(names) + "|---:" * (len(header) - len(names)) + "|"]
     for cell in results.cells:
@@ -268,9 +295,8 @@ def markdown_table(results: Results) -> str:
             other = reference_of(results, cell, changes)
             for name in compared:
                 cells.append(_less(difference(cell, other, name) if other else None, MEASURES[name][1]))
-        if floor is not None:
-            runs = [value for draw in cell.values(shown[0]) for value in draw]
-            cells += [_number(min(runs), 100), str(sum(value < floor for value in runs))]
+        if results.floor:
+            cells += _lowest(results, cell, shown[0])
         if results.costs:
             cells += _costs(cell.cost)
         lines.append(f"| {' | '.join(cells)} |")
@@ -279,17 +305,20 @@ def markdown_table(results: Results) -> str:
         f"{results.dataset}, images: {images}; teacher {results.teacher:.1%} on test. ± is the standard deviation "
         f"between seeds; differences have standard errors in brackets, and are bold beyond {STANDARD_ERRORS} of them."
     )
-    if results.pairs >= FEWEST_PAIRS:
-        note += f" Similarities: of the {results.pairs} pairs of perturbations that all students have."
+    similarities = "of" if results.pairs >= FEWEST_PAIRS else "not shown, for want of"
+    note += f" Similarities: {similarities} pairs of perturbations that all students have ({results.pairs})."
     return "\n".join([*lines, "", note]) + "\n"
 
 
-def _floor(results: Results, measure: str) -> float | None:
-    """The accuracy below which a run counts as failed."""
-    wanted = (results.floor or {}).items()
-    cells = [cell for cell in results.cells if wanted <= cell.labels.items()] if results.floor else []
-    known = estimate(cells[0].values(measure)) if cells else None
-    return known.mean - DEVIATIONS * known.deviation if known and known.deviation is not None else None
+def _lowest(results: Results, cell: Cell, measure: str) -> list[str]:
+    """The lowest run of a row, and how many runs count as failed."""
+    runs = [value for draw in cell.values(measure) for value in draw]
+    reference = next((other for other in results.cells if other.labels == cell.labels | (results.floor or {})), None)
+    known = estimate(reference.values(measure)) if reference else None
+    if known is None or known.deviation is None:
+        return [_number(min(runs), 100), "-"]
+    floor = known.mean - DEVIATIONS * known.deviation
+    return [_number(min(runs), 100), str(sum(value < floor for value in runs))]
 
 
 def _costs(cost: Cost | None) -> list[str]:

@@ -71,5 +71,6 @@ def _finish(axes: Any, axis: str, results: Results) -> None:
 
 
 def _number(label: str) -> float | None:
-    match = re.match(r"[\d.]+", label)
-    return float(match[0]) if match else None
+    """The number that a label begins with, as 50 of '50 %'."""
+    match = re.match(r"(\d+\.?\d*(?:e-?\d+)?)(?: |$)", label)
+    return float(match[1]) if match else None

@@ -13,14 +13,26 @@ from pipeline.attack import Search
 from pipeline.attack_run import SampleDataset
 from pipeline.config import Params
 from pipeline.data import Prepared
+from pipeline.errors import TrainingError
 from pipeline.evaluation import common_pairs, figures_of
 from pipeline.evaluation_run import Evaluation
-from pipeline.experiment import Cell, Cost, Experiment, Labels, Results, Run, Variant, variants
+from pipeline.experiment import (
+    Cell,
+    Cost,
+    Experiment,
+    Labels,
+    Results,
+    Run,
+    Variant,
+    check_comparisons,
+    labels_of,
+    variants,
+)
 from pipeline.preparation import part_by_class
 from pipeline.runtime import Processes, one_cpu_thread, search_batch, side_by_side
 from pipeline.shard_reader import BoundaryShards
 from pipeline.status import Status
-from pipeline.storage import Store
+from pipeline.storage import Store, lock
 from pipeline.student_run import Inputs, StudentRun
 from pipeline.teacher import load_with_digest
 from pipeline.training import Fit
@@ -55,14 +67,18 @@ class ExperimentRun:
         experiment: what varies.
         params: all parameters, which the experiment's are laid over.
         materials: what the runs share.
+        say: is told of waits for another process.
 
     Raises:
         ParameterError: the experiment varies something that cannot be, or to a bad value.
     """
 
-    def __init__(self, experiment: Experiment, params: Params, materials: Materials) -> None:
-        self.experiment, self.params, self.materials = experiment, params, materials
+    def __init__(
+        self, experiment: Experiment, params: Params, materials: Materials, say: Callable[[str], None]
+    ) -> None:
+        self.experiment, self.params, self.materials, self.say = experiment, params, materials, say
         self.variants = list(variants(experiment, params))
+        check_comparisons(experiment, [labels for variant in self.variants for labels in labels_of(variant)])
         self.processes = Processes(params.runtime, params.training.precision)
         self.device = self.processes.device
         self.teacher, self.teacher_digest = load_with_digest(materials.teacher, materials.train, "teacher")
@@ -78,14 +94,10 @@ class ExperimentRun:
 
     def _fits(self, variant: Variant, done: Callable[[], object]) -> list[CellFits]:
         """The fits of each student and method under one combination; `done` is called after each draw of a cell."""
-        train = part_by_class(self.materials.train, variant.train_fraction, self.params.dataset.seed)
         methods, store = variant.params.method, Store(self.materials.work / "fits")
-        cells = {
-            (student, method): CellFits(variant.labels | {"student": student, "method": method})
-            for student in variant.params.students
-            for method in variant.params.methods
-        }
+        cells = {(labels["student"], labels["method"]): CellFits(labels) for labels in labels_of(variant)}
         for draw in range(self.experiment.draws):
+            train = part_by_class(self.materials.train, variant.train_fraction, self.params.dataset.seed + draw)
             attack = variant.params.attack.model_copy(update={"seed": variant.params.attack.seed + draw})
             params = variant.params.model_copy(update={"attack": attack})
             inputs, cost = Inputs(train, self.materials.validation, None, self.materials.teacher), None
@@ -94,11 +106,20 @@ class ExperimentRun:
                 inputs = inputs._replace(shards=shards)
             for (student, method), cell in cells.items():
                 from_shards = methods[method].source == "shards"
-                if from_shards or draw == 0:  # nothing else depends on the draw
-                    cell.fits.append(StudentRun(params, student, method, inputs, self.processes, store).fit_all())
+                if from_shards or draw == 0 or variant.train_fraction < 1:  # nothing else depends on the draw
+                    run = StudentRun(params, student, method, inputs, self.processes, store)
+                    cell.fits.append(self._fit_all(run, cell.labels))
                 cell.cost = cost if from_shards and methods[method].bss else None
                 done()
         return list(cells.values())
+
+    def _fit_all(self, run: StudentRun, labels: Labels) -> list[Fit]:
+        with lock(self.materials.work / f"student-{run.name}.lock", self.say):  # which the stage holds, too
+            try:
+                return run.fit_all()
+            except TrainingError as error:
+                where = ", ".join(f"{name} {label}" for name, label in labels.items())
+                raise TrainingError(f"{where}: {error}; or leave it out of the experiment") from error
 
     def _samples(self, params: Params, train: Prepared) -> tuple[BoundaryShards, Cost]:
         """The sample dataset of some parameters, which the next one replaces, and what it took."""

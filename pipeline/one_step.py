@@ -8,11 +8,11 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipeline.boundary import LogitsFunction, SearchResult, judged, logits_in_batches
 from pipeline.newton import newton
 from pipeline.projection import as_ray, per_row, row_sum
+from pipeline.status import Status
 
 ROUNDS = 8  # of stretching what clamping to [0, 1] has shortened
 
@@ -66,21 +66,31 @@ def one_step(
     ray, scale = as_ray(moved, quantise=True)
     end_logits = logits_in_batches(reference, images + ray * per_row(scale), batch_size)
     gradients = found.gradients + (direction == "fgsm")
-    return judged(ray, scale, end_logits, base, target, tolerance, found.status, gradients, found.forwards + 1)
+    stuck = (row_sum(moved.square()) == 0) & (found.status != Status.BASE_MISCLASSIFIED)
+    status = torch.where(stuck, Status.BAD_GRADIENT, found.status)
+    return judged(ray, scale, end_logits, base, target, tolerance, status, gradients, found.forwards + 1)
 
 
 def _loss_gradient(logits_of: LogitsFunction, images: Tensor, labels: Tensor) -> Tensor:
+    """(n, C, H, W) a positive multiple of the gradient of the cross-entropy.
+
+    Of a confident network, the cross-entropy's own gradient cancels in float32; that of the logarithm of the others'
+    odds does not.
+    """
     x = images.detach().requires_grad_()
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(F.cross_entropy(logits_of(x), labels, reduction="sum"), x)
+        logits = logits_of(x)
+        others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+        (gradient,) = torch.autograd.grad((others - logits.gather(1, labels[:, None]).squeeze(1)).sum(), x)
     return gradient
 
 
 def _of_length(images: Tensor, step: Tensor, length: Tensor) -> Tensor:
     """(R, C, H, W) a step of the same signs that stays in [0, 1] and has a given L2 norm (R,), where there is room."""
     step = torch.where(((images <= 0) & (step < 0)) | ((images >= 1) & (step > 0)), 0, step)
-    scale = length / row_sum(step.square()).sqrt().clamp(min=1e-12)
+    norm = row_sum(step.square()).sqrt()
+    scale = torch.where(norm > 0, length / norm, 0)
     for _ in range(ROUNDS):
-        moved = (images + step * per_row(scale)).clamp(0, 1) - images
-        scale = scale * length / row_sum(moved.square()).sqrt().clamp(min=1e-12)
+        norm = row_sum(((images + step * per_row(scale)).clamp(0, 1) - images).square()).sqrt()
+        scale = torch.where(norm > 0, scale * length / norm, 0)
     return (images + step * per_row(scale)).clamp(0, 1) - images

@@ -78,6 +78,7 @@ def part_by_class(train: Prepared, fraction: float, seed: int) -> Prepared:
         return train
     rows = choose_by_class(train.labels, max(1, round(fraction * len(train.labels))), seed)
     images, labels = np.ascontiguousarray(train.images[rows]), train.labels[rows]
+    _check_all_classes(labels, train.class_names)
     mean, std = channel_statistics([images])
     digest = content_digest([images], images.shape[1:], labels, train.class_names)
     return Prepared(images, labels, train.class_names, mean, std, digest)

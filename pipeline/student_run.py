@@ -12,7 +12,7 @@ from pipeline.attack import Search
 from pipeline.batches import FreshSource, Source
 from pipeline.config import Params, Runtime
 from pipeline.data import Prepared, read_prepared, read_validation
-from pipeline.errors import DataError
+from pipeline.errors import DataError, ParameterError
 from pipeline.forks import run_in_forks
 from pipeline.methods.table import TERMS
 from pipeline.models import Architecture, Classifier, build, placed
@@ -153,9 +153,14 @@ class StudentRun:
 
     @one_cpu_thread()  # forks may follow
     def _check_features(self) -> None:
-        """Refuse layers that do not exist or do not match, before hours are spent."""
+        """Refuse layers that do not exist or do not match, and stages that cannot be, before hours are spent."""
         with torch.random.fork_rng(devices=[]):
-            self._objective(build(self.architecture))
+            objective = self._objective(build(self.architecture))
+        objective.moment(0, self.params.training.epochs)
+        if objective.first_stage and self.processes.several:
+            raise ParameterError(
+                f"{self.name}: a method with a first stage trains on one device: set runtime.devices to 1"
+            )
 
     def _objective(self, student: Classifier) -> Objective:
         if not self.method.reads_features:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pipeline.batches import Source
 from pipeline.config import Training
 from pipeline.data import Prepared
-from pipeline.errors import ParameterError, TrainingError
+from pipeline.errors import TrainingError
 from pipeline.models import Architecture, Classifier, build, placed
 from pipeline.objective import Moment, Objective
 from pipeline.prediction import accuracy
@@ -86,7 +86,7 @@ def fit(
 
     Raises:
         TrainingError: the loss is not finite; the last checkpoint is kept.
-        ParameterError: the objective cannot be had with this network or by several processes.
+        ParameterError: the objective cannot be had with this network.
     """
     finished = find_fit(store, key)
     if finished:
@@ -125,8 +125,6 @@ class _Run:
     def __init__(
         self, fabric: Fabric, classifier: Classifier, objective: Objective, training: Training, checkpoint: Path
     ) -> None:
-        if objective.first_stage and fabric.world_size > 1:
-            raise ParameterError("runtime.devices: a method with a first stage of its own trains on one device")
         classifier = placed(classifier, fabric.device)
         objective.terms.to(fabric.device)
         optimizer = torch.optim.SGD(

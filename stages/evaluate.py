@@ -1,4 +1,4 @@
-"""Stage evaluate: teacher and students on the test split, which no other stage reads."""
+"""Stage evaluate: teacher and students on the test split, which no stage before it reads."""
 
 from __future__ import annotations
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
 from pipeline.config import load_params
 from pipeline.data import read_prepared, read_validation
+from pipeline.errors import ParameterError
 from pipeline.experiment import load_experiment, markdown_table
 from pipeline.experiment_figure import experiment_svg
 from pipeline.experiment_run import ExperimentRun, Materials
@@ -38,8 +40,10 @@ def main(experiment: Path, params_path: Path, prepared: Path, teacher: Path, out
     out = out or Path("reports/experiments") / experiment.stem
     train, validation, test = prepared / "train.h5", prepared / "validation.h5", prepared / "test.h5"
     materials = Materials(read_prepared(train), read_validation(validation), read_prepared(test), teacher, WORK)
+    if max(params.runtime.devices, int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ParameterError("runtime.devices: an experiment trains each run on one device; set it to 1")
     with lock(WORK / "experiment.lock", say), lock(WORK / "shards.lock", say):
-        results = ExperimentRun(wanted, params, materials).results()
+        results = ExperimentRun(wanted, params, materials, say).results()
     table = markdown_table(results)
     write_atomically(out / "results.json", results.model_dump_json(indent=1) + "\n")
     write_atomically(out / "table.md", table)

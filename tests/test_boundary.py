@@ -1009,3 +1009,38 @@ def test_a_network_of_nan_gives_a_bad_gradient(search, base):
     result = search_by(search, not_a_number, images, torch.full((3,), base), torch.full((3,), 1 - base))
     assert (result.status == Status.BAD_GRADIENT).all()
     assert torch.isfinite(result.scale).all()
+
+
+def test_fgsm_of_a_confident_network_goes_along_the_gradient():
+    # Probabilities that are 1 in float32: the gradient of the cross-entropy itself cancels.
+    model = random_linear_classifier(3, dtype=torch.float32)
+    images = random_images(3, 40)
+    base, target = top_two(model, images)
+
+    def confident(x):
+        return 60 * model(x)
+
+    assert (confident(images).softmax(1).amax(1) == 1).sum() > 10
+    step = search_by("fgsm", confident, images, base, target).perturbation
+    # The gradient over (1 - p_b), which has its sign: the mean of the other classes' weights less the base class's.
+    weight = model.network[1].weight.double()
+    others = (60 * model(images)).double().scatter(1, base[:, None], -torch.inf).softmax(1)
+    gradient = (others @ weight - weight[base]).reshape(step.shape)
+    moved = step != 0
+    assert moved.float().mean() > 0.5
+    # Elements may be rounded to another sign where the gradient is nearly 0.
+    assert (step.sign() == gradient.sign())[moved].float().mean() > 0.99
+
+
+@pytest.mark.parametrize("search", ["fgsm", "random"])
+def test_a_step_that_cannot_be_taken_is_a_bad_gradient(search):
+    # Class 0 wins by pixels that are 0, and would only lose by ones that are lower still.
+    weight = torch.zeros(2, 1, 8, 8)
+    weight[1] = -1.0
+    model = linear_classifier(weight, torch.tensor([1.0, 0.0]))
+    images = torch.zeros(3, 1, 8, 8)
+    base, target = torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64)
+    result = search_by(search, model, images, base, target)
+    for values in (result.scale, result.logits, result.margin, result.distance):
+        assert torch.isfinite(values).all()
+    assert (result.status != Status.CONVERGED).all()

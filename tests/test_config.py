@@ -173,7 +173,9 @@ def test_fresh_images_are_for_methods_without_losses_and_for_no_other(losses, so
         assert check_params(tiny_values({"method.mine": method}), "tiny").method["mine"].source == source
     else:
         message = refusal({"method.mine": method})
-        assert "method.mine: source 'fresh' is for a method without losses, others take 'shards' or 'online'" in message
+        fresh = "method.mine: source 'fresh' has no teacher: losses take 'shards' or 'online'"
+        other = f"method.mine: source '{source}' needs at least one loss: hinton, bss, fitnet, at, fsp, dkd, rkd"
+        assert (fresh if source == "fresh" else other) in message
 
 
 def test_two_losses_that_want_a_first_stage_are_refused():

@@ -12,15 +12,17 @@ from pipeline.experiment import (
     Cost,
     Results,
     Run,
+    check_comparisons,
     difference,
     estimate,
+    labels_of,
     load_experiment,
     markdown_table,
     read_results,
     reference_of,
     variants,
 )
-from pipeline.experiment_figure import experiment_svg
+from pipeline.experiment_figure import _number, experiment_svg
 from pipeline.provenance import ROOT
 from tests.files import make_project, run_stage, tiny_params, write_params
 
@@ -81,6 +83,12 @@ def test_fewer_images_are_seen_more_often(tmp_path, fraction, epochs):
         ("title: mine\nvalues: {methods: [nowhere]}", "'methods' names 'nowhere'"),
         ("title: mine\nvalues: {train_fraction: 0}", "train_fraction: expected more than 0 and at most 1, got 0"),
         ("title: mine\nvalues: {train_fraction: many}", "got many"),
+        ("title: mine\nvalues: {training.precision: bf16-mixed}", "'training.precision' does not vary"),
+        ("title: mine\nvalues: {training.epochs: ten}", "training.epochs: Input should be a valid integer"),
+        ("title: mine\nvalues: {training: null}", "training: Input should be a valid dictionary"),
+        ("title: mine\naxes: {views: {}}", "axes.views: Dictionary should have at least 1 item"),
+        ("title: mine\naxes: {method: {a: {}}}", "no axis is called 'method'"),
+        ("title: mine\nfigure: views", "figure: expected an axis (there is none), got 'views'"),
         ("title: mine\naxes: {views: {one: {attack.views: 0}}}", "views one: attack.views"),
         ("title: mine\ntile: 3", "mine.yaml: tile: Extra inputs are not permitted"),
         ("values: {}", "mine.yaml: title: Field required"),
@@ -93,6 +101,16 @@ def test_a_bad_experiment_is_refused_by_name(tmp_path, text, message):
         combinations(tmp_path, text)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "compared", ["references: {less: {methd: bss}}", "references: {less: {method: bs}}", "floor: {method: bs}"]
+)
+def test_a_comparison_with_no_row_is_refused(tmp_path, compared):
+    experiment = load_experiment(written(tmp_path, f"title: mine\nvalues: {{methods: [bss]}}\n{compared}\n"))
+    cells = [labels for variant in variants(experiment, tiny_params()) for labels in labels_of(variant)]
+    with pytest.raises(ParameterError, match="no row has"):
+        check_comparisons(experiment, cells)
 
 
 def test_an_experiment_that_is_not_there_is_refused(tmp_path):
@@ -115,7 +133,8 @@ def test_the_experiments_of_the_project_are_sound(path):
         compared = [cell for cell in cells if cell | changes != cell and cell | changes in cells]
         assert compared, f"nothing is compared with '{title}'"
     if experiment.floor:
-        assert sum(experiment.floor.items() <= cell.items() for cell in cells) == 1
+        assert any(cell | experiment.floor in cells for cell in cells)
+    check_comparisons(experiment, cells)
     if experiment.figure:
         assert experiment.figure in experiment.axes
 
@@ -158,6 +177,10 @@ def test_the_standard_error_is_honest_about_draws_that_share_their_seeds():
 @pytest.mark.parametrize("values", [[[0.5]], [[0.5, 0.6], [0.7]]])
 def test_without_spread_there_is_no_standard_error(values):
     assert estimate(values).error is None
+
+
+def test_draws_of_one_seed_have_a_standard_error():
+    assert estimate([[0.90], [0.92], [0.94]]).error == pytest.approx(0.02 / math.sqrt(3))
 
 
 def test_no_values_have_no_estimate():
@@ -227,7 +250,7 @@ def test_the_table_has_means_spread_and_marks_clear_differences():
         "| +0.000 (0.000) |"
     )
     assert "digits, images: train 10, test 5; teacher 99.0% on test." in note
-    assert "of the 40 pairs of perturbations" in note
+    assert "Similarities: of pairs of perturbations that all students have (40)." in note
 
 
 def test_the_table_counts_runs_below_the_floor():
@@ -238,12 +261,22 @@ def test_the_table_counts_runs_below_the_floor():
     assert [line.split("|")[-3:-1] for line in lines[2:5]] == [[" 90.0 ", " 0 "], [" 95.0 ", " 0 "], [" 30.0 ", " 2 "]]
 
 
+def test_every_student_has_a_floor_of_its_own():
+    cells = [
+        ({"student": student, "method": method}, [[mean - 0.01, mean, mean + 0.01]])
+        for student, mean in (("big", 0.95), ("small", 0.81))
+        for method in ("hinton", "bss")
+    ]
+    lines = markdown_table(results_of(cells, floor={"method": "hinton"})).splitlines()
+    assert [line.split("|")[-2] for line in lines[2:6]] == [" 0 "] * 4
+
+
 def test_similarities_of_hardly_any_pairs_are_not_shown():
     table = markdown_table(results_of(TWO, {"less hinton": {"method": "hinton"}}, pairs=29))
     assert table.splitlines()[0] == (
         "| Method | n | Validation, % | Test, % | Validation, less hinton | Test, less hinton |"
     )
-    assert "Similarities" not in table
+    assert "Similarities: not shown, for want of pairs of perturbations that all students have (29)." in table
 
 
 def test_the_table_has_what_samples_took_where_it_is_asked_for():
@@ -265,6 +298,13 @@ def test_the_figure_has_a_line_for_each_method_along_the_axis():
     assert svg == experiment_svg(results, "views")
     for text in ("hinton", "bss", "views (dashed: loop)", "test accuracy, %", "16"):
         assert f"<!-- {text} -->" in svg
+
+
+@pytest.mark.parametrize(
+    ("label", "number"), [("50 %", 50), ("16", 16), ("0.5", 0.5), ("1e-3", 0.001), ("0.1.2", None), ("loop", None)]
+)
+def test_the_number_of_a_label(label, number):
+    assert _number(label) == number
 
 
 def test_results_survive_their_file_and_others_are_refused(tmp_path):
@@ -364,3 +404,26 @@ def test_what_is_missing_is_told_in_one_line(project, arguments, code, message):
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (project / "reports").exists()
+
+
+def test_a_run_that_fails_is_named(project):
+    text = (
+        "title: Mine\nvalues: {methods: [original], seeds: 2}\naxes: {rate: {high: {training.learning_rate: 1.0e+9}}}\n"
+    )
+    result = run_stage("experiment", written(project, text))
+    assert result.exit_code == 1
+    assert "rate high, student resnet8w2, method original: the loss is" in result.stderr
+    assert "leave it out of the experiment" in result.stderr
+
+
+def test_several_devices_are_refused(project):
+    make_project(project, TWO_WORKERS | {"runtime.devices": 2})
+    result = run_stage("experiment", written(project, SMALL))
+    assert result.exit_code == 2
+    assert "an experiment trains each run on one device" in result.stderr
+
+
+def test_too_few_images_for_the_classes_are_refused(project):
+    result = run_stage("experiment", written(project, "title: Mine\nvalues: {train_fraction: 0.03}\n"))
+    assert result.exit_code == 1
+    assert "no image of class" in result.stderr

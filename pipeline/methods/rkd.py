@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config import Rkd
+from pipeline.errors import ParameterError
 from pipeline.term import FeatureShapes, Step, Term
 
 
@@ -16,6 +17,12 @@ class RkdTerm(Term):
     def __init__(self, parameters: Rkd, shapes: FeatureShapes) -> None:
         super().__init__(parameters, shapes)
         self.given = parameters
+        for name, student, teacher in shapes.pairs(parameters):
+            if not {len(student), len(teacher)} <= {1, 3}:
+                raise ParameterError(
+                    f"layers of 'rkd', {name}: the shapes {tuple(student)} and {tuple(teacher)} are no embeddings; "
+                    "name layers whose outputs are vectors (channels) or maps (channels, height, width)"
+                )
         self.layers = list(zip(parameters.student_layers, parameters.teacher_layers, strict=True))
 
     def forward(self, step: Step) -> Tensor:
@@ -27,8 +34,8 @@ class RkdTerm(Term):
 
 
 def embedding(features: Tensor) -> Tensor:
-    """(N, C) of features (N, C, ...), by the mean over positions."""
-    return features.flatten(2).mean(2) if features.ndim > 2 else features
+    """(N, C) of vectors (N, C), or of maps (N, C, H, W) by the mean over positions."""
+    return features.mean((2, 3)) if features.ndim > 2 else features
 
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
