@@ -149,9 +149,8 @@ def variants(experiment: Experiment, params: Params) -> Iterator[Variant]:
     if taken:
         raise ParameterError(f"{experiment.title}: no axis is called '{taken[0]}': vary `methods` or `students`")
     if experiment.figure and experiment.figure not in names:
-        raise ParameterError(
-            f"{experiment.title}: figure: expected an axis ({', '.join(names) or 'there is none'}), got '{experiment.figure}'"
-        )
+        known = ", ".join(names) or "there is none"
+        raise ParameterError(f"{experiment.title}: figure: expected an axis ({known}), got '{experiment.figure}'")
     for labels in itertools.product(*experiment.axes.values()):
         chosen = dict(zip(names, labels, strict=True))
         values = dict(experiment.values)
