@@ -6,7 +6,7 @@ run that was interrupted goes on as if it had not been.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data import Prepared
+from pipeline.status import Status
 from pipeline.views import Stream, apply_views, draw_views
 
 
@@ -64,6 +65,11 @@ class Batch:
             None if self.usable is None else self.usable[rows],
             None if boundary is None else lambda chosen: boundary(rows[chosen]),
         ), factor
+
+
+def is_any_of(status: Tensor, wanted: Iterable[Status]) -> Tensor:
+    """Where values of the column `status` are among those wanted: a mask of the same shape."""
+    return torch.stack([status == each for each in wanted]).any(0)
 
 
 class Source(Protocol):

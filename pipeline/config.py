@@ -154,6 +154,11 @@ class Layers(Section):
     student_layers: Annotated[list[str], Field(min_length=1)]
     teacher_layers: Annotated[list[str], Field(min_length=1)]
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The student's layer and the teacher's, of each pair."""
+        return list(zip(self.student_layers, self.teacher_layers, strict=True))
+
     @model_validator(mode="after")
     def _layers_are_pairs(self) -> Layers:
         if len(self.student_layers) != len(self.teacher_layers):
@@ -291,13 +296,21 @@ def load_params(path: Path) -> Params:
         ParameterError: the file is missing or no YAML, or a parameter is not as declared; names the key, what was
             expected and what came.
     """
+    return check_params(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """The values of a YAML file.
+
+    Raises:
+        ParameterError: it is missing or no YAML.
+    """
     try:
-        values = YAML(typ="safe", pure=True).load(path)
+        return YAML(typ="safe", pure=True).load(path)
     except OSError as error:
         raise ParameterError(f"{path}: cannot be read: {error.strerror}") from None
     except (YAMLError, ValueError) as error:
         raise ParameterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return check_params(values, str(path))
 
 
 def check_params(values: Any, source: str) -> Params:

@@ -44,17 +44,17 @@ class Evaluation:
         self.images, self.runtime = params.evaluation.similarity_images, params.runtime
         self.device, self.store = device, store
         self.code = code_digest("pipeline.evaluation")
-        self._side: TeacherSide | None = None
 
     def compare_all(self, students: Sequence[Path]) -> Iterator[int]:
         """Compare the students of weights files; yields how many of them are finished, as they are."""
         missing = [weights for weights in dict.fromkeys(students) if self.store.find(self._key(weights)) is None]
         done = len(students) - len(missing)
         yield done
-        if missing and self._side is None:
-            self._side = self._of_teacher()
+        if not missing:
+            return
+        side = self._of_teacher()
         workers = side_by_side(self.runtime, self.device)
-        tasks = [partial(self._compare, weights) for weights in missing]
+        tasks = [partial(self._compare, side, weights) for weights in missing]
         if workers > 1:
             from torchmetrics.functional import classification  # noqa: F401 (slow; once for all forks)
 
@@ -80,11 +80,10 @@ class Evaluation:
         return teacher_side(self.teacher, self.test, self.device, batch_size, self.images)
 
     @one_cpu_thread()
-    def _compare(self, weights: Path, slot: int) -> None:
+    def _compare(self, side: TeacherSide, weights: Path, slot: int) -> None:
         student, digest = load_with_digest(weights, self.test, "student")
-        assert self._side is not None
         key = self._key_of(digest)
-        comparison = compare(student, self._side, self.test, self.device, search_batch(self.runtime, self.device))
+        comparison = compare(student, side, self.test, self.device, search_batch(self.runtime, self.device))
         write_comparison(self.store.path(key), comparison)
         self.store.seal(key)
 

@@ -10,10 +10,8 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from pipeline.config import Count, Line, Params, check_params
+from pipeline.config import Count, Line, Params, check_params, read_yaml
 from pipeline.errors import DataError, ParameterError
 
 TRAIN_FRACTION = "train_fraction"
@@ -125,12 +123,7 @@ def load_experiment(path: Path) -> Experiment:
     Raises:
         ParameterError: it is missing, no YAML, or not an experiment.
     """
-    try:
-        values = YAML(typ="safe", pure=True).load(path)
-    except OSError as error:
-        raise ParameterError(f"{path}: cannot be read: {error.strerror}") from None
-    except (YAMLError, ValueError) as error:
-        raise ParameterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(path)
     try:
         return Experiment.model_validate(values)
     except ValidationError as error:
@@ -269,14 +262,21 @@ def difference(cell: Cell, reference: Cell, measure: str) -> Difference | None:
 def reference_of(results: Results, cell: Cell, changes: Labels) -> Cell | None:
     """The cell to compare with: with other labels as the reference says, and the same otherwise."""
     wanted = cell.labels | changes
-    if wanted == cell.labels:
-        return None
-    return next((other for other in results.cells if other.labels == wanted), None)
+    return None if wanted == cell.labels else _cell_of(results, wanted)
+
+
+def _cell_of(results: Results, labels: Labels) -> Cell | None:
+    return next((cell for cell in results.cells if cell.labels == labels), None)
+
+
+def varied_labels(results: Results) -> list[str]:
+    """The names of the labels by which cells differ."""
+    return [name for name in results.cells[0].labels if len({cell.labels[name] for cell in results.cells}) > 1]
 
 
 def markdown_table(results: Results) -> str:
     """The results as Markdown, a row for each cell; differences that exceed two standard errors are bold."""
-    names = [name for name in results.cells[0].labels if len({cell.labels[name] for cell in results.cells}) > 1]
+    names = varied_labels(results)
     known = [name for name in MEASURES if any(estimate(cell.values(name)) for cell in results.cells)]
     shown = [name for name in known if name not in SIMILARITIES or results.pairs >= FEWEST_PAIRS]
     compared = [name for name in COMPARED if name in shown]
@@ -312,7 +312,7 @@ def markdown_table(results: Results) -> str:
 def _lowest(results: Results, cell: Cell, measure: str) -> list[str]:
     """The lowest run of a row, and how many runs count as failed."""
     runs = [value for draw in cell.values(measure) for value in draw]
-    reference = next((other for other in results.cells if other.labels == cell.labels | (results.floor or {})), None)
+    reference = _cell_of(results, cell.labels | (results.floor or {}))
     known = estimate(reference.values(measure)) if reference else None
     if known is None or known.deviation is None:
         return [_number(min(runs), 100), "-"]

@@ -7,7 +7,7 @@ import re
 from io import StringIO
 from typing import Any
 
-from pipeline.experiment import Results, estimate
+from pipeline.experiment import Results, estimate, varied_labels
 
 COLOURS = {"original": "#8c8c8c", "hinton": "#4c72b0", "bss": "#c44e52"}  # the same in all figures; then of the others
 OTHERS = ("#55a868", "#dd8452", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
@@ -27,15 +27,15 @@ def experiment_svg(results: Results, axis: str) -> str:
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     lines: dict[str, list[tuple[float | None, float, float]]] = {}
-    varied = [name for name in results.cells[0].labels if len({cell.labels[name] for cell in results.cells}) > 1]
+    others = [name for name in varied_labels(results) if name != axis]
     for cell in results.cells:
-        name = ", ".join(cell.labels[each] for each in varied if each != axis)
+        name = ", ".join(cell.labels[each] for each in others)
         known = estimate(cell.values("accuracy"))
         if known is not None:
             lines.setdefault(name, []).append((_number(cell.labels[axis]), known.mean, known.error or 0.0))
-    others = itertools.cycle(OTHERS)
+    colours = itertools.cycle(OTHERS)
     for name, points in lines.items():
-        colour = COLOURS.get(name) or next(others)
+        colour = COLOURS.get(name) or next(colours)
         numbered = sorted((x, mean, error) for x, mean, error in points if x is not None)
         axes.errorbar(
             [x for x, _, _ in numbered],

@@ -152,10 +152,11 @@ class ExperimentRun:
         with tqdm(total=len(weights), desc="evaluate", unit="student", disable=None, leave=False) as bar:
             for done in evaluation.compare_all(weights):
                 bar.update(done - bar.n)
-        common = common_pairs(evaluation.comparison(path) for path in weights)
+        comparisons = {path: evaluation.comparison(path) for path in weights}
+        common = common_pairs(comparisons.values())
 
         def run_of(fit: Fit) -> Run:
-            comparison = evaluation.comparison(fit.weights)
+            comparison = comparisons[fit.weights]
             figures = figures_of(comparison, common)
             return Run(
                 validation=fit.curve[-1].get("validation_accuracy"),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.attack import Search, draw_targets
-from pipeline.batches import Batch, BoundaryBatch, FreshSource
+from pipeline.batches import Batch, BoundaryBatch, FreshSource, is_any_of
 from pipeline.status import Status
 from pipeline.views import Stream, uniforms
 
@@ -41,7 +41,7 @@ class OnlineSource:
                 target = draw_targets(logits[rows].cpu().numpy(), labels.cpu().numpy(), noise[at], 1)[:, 0]
                 images = batch.images[rows]
                 found = self.search.find(images, labels, torch.from_numpy(target).to(labels.device), logits[rows], draw)
-                usable = torch.stack([found.status == wanted for wanted in self.statuses]).any(0)
+                usable = is_any_of(found.status, self.statuses)
                 return BoundaryBatch(images + found.perturbation, found.logits, usable)
 
             usable = torch.ones_like(batch.labels, dtype=torch.bool)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.batches import Batch, BoundaryBatch, batches_of
+from pipeline.batches import Batch, BoundaryBatch, batches_of, is_any_of
 from pipeline.data import Prepared
 from pipeline.errors import ShardError
 from pipeline.shard_format import ShardEntry
@@ -137,8 +137,7 @@ class ShardSource:
         labels, logits = columns["label"][rows], columns["teacher_logits"][rows]
         if "status" not in columns:
             return Batch(images, labels, logits)
-        status = columns["status"][rows]
-        usable = torch.stack([status == wanted for wanted in self.statuses]).any(0)
+        usable = is_any_of(columns["status"][rows], self.statuses)
         # With several targets, one of the usable ones is taken, at random.
         noise = torch.from_numpy(generator.random(usable.shape, np.float32)).to(self.device)
         choice = torch.where(usable, noise, -1.0).argmax(1)

@@ -43,7 +43,7 @@ class FeatureShapes(NamedTuple):
 
     def pairs(self, layers: Layers) -> Iterator[tuple[str, torch.Size, torch.Size]]:
         """Each pair of layers that is compared: how to name it, the student's shape, the teacher's."""
-        for student, teacher in zip(layers.student_layers, layers.teacher_layers, strict=True):
+        for student, teacher in layers.pairs:
             yield f"'{student}' to '{teacher}'", self.student[student], self.teacher[teacher]
 
 

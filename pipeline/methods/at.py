@@ -15,7 +15,7 @@ class AtTerm(Term):
     def __init__(self, parameters: At, shapes: FeatureShapes) -> None:
         super().__init__(parameters, shapes)
         self.weight = parameters.weight
-        self.layers = list(zip(parameters.student_layers, parameters.teacher_layers, strict=True))
+        self.layers = parameters.pairs
         for name, student, teacher in shapes.pairs(parameters):
             check_maps(f"of 'at', {name}", student, teacher, same_size=True)
 

@@ -19,7 +19,7 @@ class FitNetTerm(Term):
     def __init__(self, parameters: FitNet, shapes: FeatureShapes) -> None:
         super().__init__(parameters, shapes)
         self.first_stage = parameters.first_stage
-        self.layers = list(zip(parameters.student_layers, parameters.teacher_layers, strict=True))
+        self.layers = parameters.pairs
         self.regressors = nn.ModuleList()
         for name, student, teacher in shapes.pairs(parameters):
             check_maps(f"of 'fitnet', {name}", student, teacher, same_size=True)

@@ -23,7 +23,7 @@ class RkdTerm(Term):
                     f"layers of 'rkd', {name}: the shapes {tuple(student)} and {tuple(teacher)} are no embeddings; "
                     "name layers whose outputs are vectors (channels) or maps (channels, height, width)"
                 )
-        self.layers = list(zip(parameters.student_layers, parameters.teacher_layers, strict=True))
+        self.layers = parameters.pairs
 
     def forward(self, step: Step) -> Tensor:
         loss, given = step.logits.new_zeros(()), self.given
