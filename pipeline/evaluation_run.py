@@ -43,7 +43,7 @@ class Evaluation:
         self.teacher, self.teacher_digest, self.test = teacher, teacher_digest, test
         self.images, self.runtime = params.evaluation.similarity_images, params.runtime
         self.device, self.store = device, store
-        self.code = code_digest("pipeline.evaluation")
+        self.code = code_digest("pipeline.evaluation", alone=("pipeline.evaluation_run",))
 
     def compare_all(self, students: Sequence[Path]) -> Iterator[int]:
         """Compare the students of weights files; yields how many of them are finished, as they are."""
