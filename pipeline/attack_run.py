@@ -13,7 +13,7 @@ from pipeline.card import BESIDE, NOTHING_STATED, PUBLISHED, write_card
 from pipeline.config import Attack, Card, Dataset
 from pipeline.data import Prepared
 from pipeline.errors import ParameterError, ShardError
-from pipeline.forks import run_in_forks
+from pipeline.forks import interrupts_wait, run_in_forks
 from pipeline.provenance import code_digest, fingerprint
 from pipeline.runtime import return_freed_memory
 from pipeline.shard_check import is_shard
@@ -186,4 +186,9 @@ class SampleDataset:
 def _side_by_side(function: Callable[[Block], Result], blocks: list[Block]) -> list[Result]:
     """Results of a function that waits for files, or digests them, of all blocks: in threads."""
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(function, blocks))
+        try:
+            with interrupts_wait():  # one that comes between two locks of the pool would leave its threads waiting
+                results = pool.map(function, blocks)
+            return list(results)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -49,6 +49,8 @@ def errors_in_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def command(*args: Any, debug: bool, **options: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        sys.unraisablehook = _interrupt_again
         try:
             function(*args, **options)
         except KeyboardInterrupt:
@@ -67,6 +69,14 @@ def errors_in_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(EXIT_FAILED)
 
     return command
+
+
+def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
+    """Python drops a Ctrl-C that arrives in a finaliser or a weak reference's callback: a moment later, once more."""
+    if dropped.exc_type is KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def _known(error: MemoryError | RuntimeError) -> str | None:

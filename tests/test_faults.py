@@ -39,6 +39,7 @@ pytestmark = pytest.mark.faults
 
 KILLS = 20
 VIEWS = 40  # three shards each: enough to be killed in the middle
+INTERRUPTED = "interrupted: what is finished is kept, run the same command to go on"
 BSS = ("student", "--student", "resnet8w2", "--method", "bss")
 # Long enough to be killed at twenty different moments.
 LONG = {
@@ -490,6 +491,32 @@ def test_an_interrupt_while_a_command_starts_shows_no_traceback(project, seconds
     assert "Traceback" not in stderr
 
 
+def test_an_interrupt_where_python_drops_errors_is_not_lost(tmp_path):
+    code = """
+import click, gc, os, signal, time, weakref
+from stages.cli import errors_in_one_line
+
+class Node:
+    pass
+
+@click.command()
+@errors_in_one_line
+def main():
+    nodes = [Node() for _ in range(3)]
+    references = [weakref.ref(node, lambda _: os.kill(os.getpid(), signal.SIGINT)) for node in nodes]
+    for node in nodes:
+        node.itself = node
+    del node, nodes
+    gc.collect()
+    time.sleep(60)
+
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert result.returncode == 130
+    assert result.stderr.split() == INTERRUPTED.split()
+
+
 @pytest.mark.parametrize("seconds", [0.3, 1.5, 3.0])
 def test_an_interrupt_while_a_cluster_starts_shows_no_traceback(project, seconds):
     shutil.rmtree(project / ".work")
@@ -500,7 +527,7 @@ def test_an_interrupt_while_a_cluster_starts_shows_no_traceback(project, seconds
     os.killpg(process.pid, signal.SIGINT)
     code, _, stderr = finish(process)
     assert code == 130
-    assert stderr.splitlines()[-1] == "interrupted: what is finished is kept, run the same command to go on"
+    assert stderr.splitlines()[-1] == INTERRUPTED
     assert "Traceback" not in stderr
     assert psutil.wait_procs(family, timeout=10)[1] == []
 
@@ -544,7 +571,7 @@ def test_an_interrupted_cluster_is_gone_and_its_shards_are_kept(project):
     process.send_signal(signal.SIGINT)
     code, stdout, stderr = finish(process)
     assert (code, stdout) == (130, ""), stderr
-    assert stderr.splitlines()[-1] == "interrupted: what is finished is kept, run the same command to go on"
+    assert stderr.splitlines()[-1] == INTERRUPTED
     assert "Traceback" not in stderr
     psutil.wait_procs(workers, timeout=10)
     assert not any(worker.is_running() for worker in workers)
