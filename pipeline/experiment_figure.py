@@ -32,7 +32,7 @@ def experiment_svg(results: Results, axis: str) -> str:
         name = ", ".join(cell.labels[each] for each in others)
         known = estimate(cell.values("accuracy"))
         if known is not None:
-            lines.setdefault(name, []).append((_number(cell.labels[axis]), known.mean, known.error or 0.0))
+            lines.setdefault(name, []).append((number_in(cell.labels[axis]), known.mean, known.error or 0.0))
     colours = itertools.cycle(OTHERS)
     for name, points in lines.items():
         colour = COLOURS.get(name) or next(colours)
@@ -57,12 +57,12 @@ def experiment_svg(results: Results, axis: str) -> str:
 
 def _finish(axes: Any, axis: str, results: Results) -> None:
     labels = {cell.labels[axis] for cell in results.cells}
-    numbers = sorted({x: label for label in labels if (x := _number(label)) is not None}.items())
+    numbers = sorted({x: label for label in labels if (x := number_in(label)) is not None}.items())
     if numbers and numbers[0][0] > 0 and numbers[-1][0] / numbers[0][0] >= LOG_FROM:
         axes.set_xscale("log")
     axes.set_xticks([x for x, _ in numbers], [label for _, label in numbers])
     axes.minorticks_off()
-    others = [label for label in labels if _number(label) is None]
+    others = [label for label in labels if number_in(label) is None]
     axes.set_xlabel(axis + (f" (dashed: {', '.join(others)})" if others else ""))
     axes.set_ylabel("test accuracy, %")
     axes.grid(alpha=0.3)
@@ -70,7 +70,7 @@ def _finish(axes: Any, axis: str, results: Results) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _number(label: str) -> float | None:
+def number_in(label: str) -> float | None:
     """The number that a label begins with, as 50 of '50 %'."""
     match = re.match(r"(\d+\.?\d*(?:e-?\d+)?)(?: |$)", label)
     return float(match[1]) if match else None

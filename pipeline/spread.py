@@ -30,13 +30,20 @@ def spread_of(directory: Path | Folder, manifest: Manifest, quantiles: Sequence[
     Raises:
         ShardError: a shard is missing, unreadable or another one.
     """
+    margin, distance = margins_and_distances(directory, manifest)
+    if not len(margin):
+        return None
+    return Spread(np.quantile(margin, quantiles).tolist(), np.quantile(distance, quantiles).tolist())
+
+
+def margins_and_distances(
+    directory: Path | Folder, manifest: Manifest
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Probability margins and L2 distances (n,) of all converged samples; memory and errors as of `spread_of`."""
     folder = as_folder(directory)
     found = [_converged(folder, manifest, shard) for shard in shards_in_order(manifest)]
     margin, distance = (np.concatenate(values).astype(np.float64) for values in zip(*found, strict=True))
-    if not len(margin):
-        return None
-    probability_margin = np.tanh(np.abs(margin) / 2)
-    return Spread(np.quantile(probability_margin, quantiles).tolist(), np.quantile(distance, quantiles).tolist())
+    return np.tanh(np.abs(margin) / 2), distance
 
 
 def _converged(folder: Folder, manifest: Manifest, shard: ShardEntry) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -1,41 +1,135 @@
-"""Stage report: the comparison as a summary, a table and plot data."""
+"""Stage report: the comparison as a page to look at, a summary, a table and plot data."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import click
+from tqdm import tqdm
 
-from pipeline.config import load_params
-from pipeline.reporting import StudentRecords, TeacherRecord, accuracy_csv, markdown_table, read_result, summarise
+from pipeline.config import Params, load_params
+from pipeline.data import read_prepared
+from pipeline.errors import ShardError
+from pipeline.experiment import Results, read_results
+from pipeline.models import Classifier
+from pipeline.report.charts import histogram
+from pipeline.report.content import Inputs, gather, read_curves
+from pipeline.report.page import plots_page, render
+from pipeline.report.scenes import maps_to_draw
+from pipeline.report.summary import (
+    StudentRecords,
+    TeacherRecord,
+    csv_text,
+    curves_csv,
+    markdown_table,
+    read_result,
+    seeds_csv,
+    summarise,
+)
+from pipeline.run_record import read_records
+from pipeline.runtime import choose_device
+from pipeline.shard_reader import BoundaryShards
+from pipeline.spread import margins_and_distances
 from pipeline.storage import write_atomically, write_json
-from stages.cli import errors_in_one_line, params_option, path_option
+from pipeline.teacher import load_for, load_with_digest
+from stages.cli import WORK, errors_in_one_line, params_option, path_option
+
+PUBLISHED_VIEWS = Path("docs/results/views.json")
+BIN = ("from", "to", "samples")
 
 
 @click.command()
 @params_option
 @path_option("--evaluation", "reports/evaluation", "Directory of the evaluation's results.")
-@path_option("--out", "reports", "Directory for summary.json, table.md and accuracy.csv.")
+@path_option("--curves", "reports/students", "Directory of the students' learning curves.")
+@path_option("--shards", "data/bss", "Sample dataset.")
+@path_option("--prepared", "data/prepared", "Directory of the prepared splits.")
+@path_option("--teacher", "models/teacher.safetensors", "Weights of the teacher.")
+@path_option("--students", "models/students", "Directory of the students' weights.")
+@path_option(
+    "--views",
+    "reports/experiments/views/results.json",
+    "Results of the experiment `views`, if any.",
+)
+@path_option("--out", "reports", "Directory for the files below.")
 @errors_in_one_line
-def main(params_path: Path, evaluation: Path, out: Path) -> None:
-    """Sum up the comparison over seeds.
+def main(
+    params_path: Path,
+    evaluation: Path,
+    curves: Path,
+    shards: Path,
+    prepared: Path,
+    teacher: Path,
+    students: Path,
+    views: Path,
+    out: Path,
+) -> None:
+    """Show what came out of a run.
 
-    Writes summary.json (mean, standard deviation and n of each figure, fractions), table.md and accuracy.csv.
+    Writes report.html (one file that opens offline), table.md and summary.json (mean, standard deviation and n of each
+    figure, fractions); and for `dvc plots show` seeds.csv (a row for each run), curves.csv, the histograms margins.csv
+    and distances.csv, and plots.html, an offline page.
 
     Example: python -m stages.report
     """
     params = load_params(params_path)
-    students = {
-        (student, method): read_result(evaluation / f"{student}-{method}.json", StudentRecords)
-        for student in params.students
-        for method in params.methods
-    }
-    summary = summarise(params.dataset.name, read_result(evaluation / "teacher.json", TeacherRecord), students)
-    table = markdown_table(summary)
-    write_json(out / "summary.json", summary)
-    write_atomically(out / "table.md", table)
-    write_atomically(out / "accuracy.csv", accuracy_csv(students))
-    click.echo(f"{table}\nwrote {out}: summary.json, table.md, accuracy.csv")
+    names = [(student, method) for student in params.students for method in params.methods]
+    records = {name: read_result(evaluation / f"{'-'.join(name)}.json", StudentRecords) for name in names}
+    teacher_record = read_result(evaluation / "teacher.json", TeacherRecord)
+    train = read_prepared(prepared / "train.h5")
+    dataset = BoundaryShards(shards, verify=False)
+    teacher_model, digest = load_with_digest(teacher, train, "teacher")
+    if digest != dataset.manifest.digests.teacher:
+        raise ShardError(
+            f"{shards}: has samples of another teacher than {teacher}: make it with: python -m stages.attack"
+        )
+    models: dict[str, Classifier] = {"teacher": teacher_model}
+    for student, method in names:
+        title = method if len(params.students) == 1 else f"{student} {method}"
+        models[title] = load_for(students / f"{student}-{method}" / "seed-0.safetensors", train, "student")
+    margin, distance = margins_and_distances(dataset.folder, dataset.manifest)
+    inputs = Inputs(
+        params,
+        teacher_record,
+        records,
+        {name: read_curves(curves / "-".join(name) / "curves.csv") for name in names},
+        _views(views, params),
+        dataset,
+        histogram(margin, params.attack.tolerance),
+        histogram(distance),
+        train,
+        models,
+        read_records(WORK / "runs", ["prepare", "teacher", "attack", *map("-".join, names), "evaluate"]),
+        choose_device(params.runtime),
+    )
+    with tqdm(
+        total=maps_to_draw(models, dataset.manifest), desc="report", unit="map", disable=None, leave=False
+    ) as bar:
+        page = render(gather(inputs, bar.update))
+    table = markdown_table(params.dataset.name, teacher_record, records)
+    write_json(out / "summary.json", summarise(params.dataset.name, teacher_record, records))
+    for name, content in {
+        "table.md": table,
+        "seeds.csv": seeds_csv(records),
+        "curves.csv": curves_csv(inputs.curves),
+        "margins.csv": csv_text(BIN, inputs.margins),
+        "distances.csv": csv_text(BIN, inputs.distances),
+        "plots.html": plots_page(),
+        "report.html": page,
+    }.items():
+        write_atomically(out / name, content)
+    click.echo(f"{table}\nwrote {out / 'report.html'}, and table.md, summary.json and plot data beside it")
+
+
+def _views(path: Path, params: Params) -> tuple[Results, str] | None:
+    """Results of the experiment on views: those of this project folder, else those published for the same dataset."""
+    for source in (path, PUBLISHED_VIEWS):
+        if source.is_file():
+            results = read_results(source)
+            students = {cell.labels["student"] for cell in results.cells}
+            if results.dataset == params.dataset.name and students & set(params.students):
+                return results, str(source)
+    return None
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pipeline.experiment import (
     reference_of,
     variants,
 )
-from pipeline.experiment_figure import _number, experiment_svg
+from pipeline.experiment_figure import experiment_svg, number_in
 from pipeline.provenance import ROOT
 from tests.files import make_project, run_stage, tiny_params, write_params
 
@@ -304,7 +304,7 @@ def test_the_figure_has_a_line_for_each_method_along_the_axis():
     ("label", "number"), [("50 %", 50), ("16", 16), ("0.5", 0.5), ("1e-3", 0.001), ("0.1.2", None), ("loop", None)]
 )
 def test_the_number_of_a_label(label, number):
-    assert _number(label) == number
+    assert number_in(label) == number
 
 
 def test_results_survive_their_file_and_others_are_refused(tmp_path):

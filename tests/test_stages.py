@@ -96,7 +96,7 @@ def test_every_stage_ends_with_a_line_that_says_what_it_wrote(chain):
         "teacher": "models/teacher.safetensors: resnet8w4, trained for 8 epochs",
         "attack": "data/bss: 16 shards (16 computed, 0 reused), 340 samples",
         "evaluate": "reports/evaluation: 8 students on 90 test images",
-        "report": "reports: summary.json, table.md, accuracy.csv",
+        "report": "reports/report.html, and table.md, summary.json and plot data beside it",
     } | {method: f"models/students/resnet8w2-{method}: 2 seeds (2 trained, 0 reused)" for method in METHODS}
     for name, text in written.items():
         assert output[name].splitlines()[-1].startswith(f"wrote {text}"), output[name]
@@ -124,7 +124,7 @@ def test_the_summary_has_a_figure_for_every_student_and_method(chain):
 def test_the_summary_sums_up_the_records_of_the_seeds(chain):
     directory, _ = chain
     summary = json.loads((directory / "reports/summary.json").read_text())["students"]["resnet8w2"]
-    rows = list(csv.DictReader((directory / "reports/accuracy.csv").open()))
+    rows = list(csv.DictReader((directory / "reports/seeds.csv").open()))
     assert len(rows) == 8
     for method in METHODS:
         values = [float(row["accuracy"]) for row in rows if row["method"] == method]
@@ -175,6 +175,7 @@ def run(*arguments):
 
 
 def test_a_second_run_computes_nothing_and_publishes_the_same_bytes(finished):
+    (finished / "reports/report.html").unlink()  # which says how long stages took
     before = contents(finished / "data", finished / "models/students", finished / "reports")
     shutil.rmtree(finished / "data/bss")
     shutil.rmtree(finished / "models/students")
@@ -184,6 +185,7 @@ def test_a_second_run_computes_nothing_and_publishes_the_same_bytes(finished):
         assert "(0 trained, 2 reused)" in run(*student(method))
     run("evaluate")
     run("report")
+    (finished / "reports/report.html").unlink()
     assert contents(finished / "data", finished / "models/students", finished / "reports") == before
 
 
@@ -694,7 +696,7 @@ def imported_after(statement):
 
 
 def test_commands_without_networks_start_without_torch():
-    modules = imported_after("import stages.shards, stages.report, stages.prepare")
+    modules = imported_after("import stages.shards, stages.prepare")
     assert "stages.prepare" in modules
     assert "torch" not in modules
 

@@ -1,0 +1,220 @@
+"""What the report shows, from what the stages wrote: tables, charts, pictures and facts."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pipeline.config import Params
+from pipeline.data import Prepared
+from pipeline.errors import DataError
+from pipeline.experiment import FEWEST_PAIRS, STANDARD_ERRORS, Results
+from pipeline.models import Classifier
+from pipeline.report import charts
+from pipeline.report.facts import facts_of
+from pipeline.report.page import Chart, Content, Picture, Row
+from pipeline.report.samples import Example, amplification, pictures, typical_examples
+from pipeline.report.scenes import decision_maps, maps_note, scenes_of
+from pipeline.report.summary import Curves, Students, TeacherRecord, Verdict, finding, table_cells, verdicts
+from pipeline.run_record import RunRecord
+from pipeline.shard_reader import BoundaryShards
+
+EXAMPLES = 12  # in the gallery, at most
+
+
+class Inputs(NamedTuple):
+    """What a report is made from."""
+
+    params: Params
+    teacher: TeacherRecord
+    students: Students
+    curves: Curves
+    views: tuple[Results, str] | None
+    """Results of the experiment `views`, and where they are from."""
+    shards: BoundaryShards
+    margins: charts.Rows
+    """Histogram of the probability margins of converged samples."""
+    distances: charts.Rows
+    """Histogram of their L2 distances."""
+    train: Prepared
+    models: Mapping[str, Classifier]
+    """By name, the teacher first."""
+    records: Mapping[str, RunRecord]
+    device: torch.device
+
+
+def read_curves(path: Path) -> list[dict[str, Any]]:
+    """Seed, epoch and validation accuracy of each row of a file of learning curves; none without a validation split.
+
+    Raises:
+        DataError: it is not there, or not what training writes.
+    """
+    try:
+        with open(path, newline="") as file:
+            return [
+                {"seed": int(row["seed"]), "epoch": int(row["epoch"])}
+                | {"validation_accuracy": float(row["validation_accuracy"])}
+                for row in csv.DictReader(file)
+                if row.get("validation_accuracy")
+            ]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); make it with: python -m stages.student --all") from None
+
+
+def gather(inputs: Inputs, progress: Callable[[], Any]) -> Content:
+    """Everything on the page.
+
+    Args:
+        inputs: what the stages wrote.
+        progress: called after each decision map.
+    """
+    params, students, manifest = inputs.params, inputs.students, inputs.shards.manifest
+    shown = {method: params.method[method] for method in params.methods}
+    examples = typical_examples(inputs.shards, inputs.train, EXAMPLES)
+    scenes = scenes_of(inputs.shards, inputs.train, next(iter(inputs.models.values())), examples)
+    return Content(
+        title=f"Boundary distillation on {params.dataset.name}",
+        compared=_compared(inputs),
+        finding=finding(students, shown, params.dataset.name),
+        **_table(students, verdicts(students, shown)),
+        accuracy=[
+            Chart(student, charts.accuracy_chart(_runs(students, student), params.methods))
+            for student in params.students
+        ],
+        **_views(inputs),
+        curves=_curves(inputs),
+        **_similarity(inputs),
+        **_dataset(inputs),
+        gallery=[_gallery_row(example, manifest.class_names) for example in examples],
+        gallery_note="For each class the sample of median distance among the first ones of view 0: base class b, "
+        "target class k, probability margin and L2 distance. The perturbation is drawn around grey, amplified as said.",
+        maps=list(decision_maps(scenes, inputs.models, manifest.class_names, inputs.device, progress)),
+        maps_note=maps_note(manifest),
+        facts=facts_of(params, manifest, inputs.records, inputs.device),
+    )
+
+
+def _compared(inputs: Inputs) -> str:
+    params, manifest = inputs.params, inputs.shards.manifest
+    return (
+        f"{', '.join(params.students)} distilled from {params.teacher.network} "
+        f"({inputs.teacher.accuracy:.1%} on the test split) by {', '.join(params.methods)}; {params.seeds} seeds each; "
+        f"{manifest.views} precomputed views of {manifest.rows:,} training images, "
+        f"{manifest.totals.samples:,} boundary-supporting samples."
+    )
+
+
+def _table(students: Students, found: Sequence[Verdict]) -> dict[str, Any]:
+    less = {(each.student, each.method): each for each in found}
+    references = {each.reference for each in found}
+    header, rows = table_cells(students)
+    for row in rows:
+        verdict = less.get((row[0], row[1]))
+        row.insert(4, "" if verdict is None else _difference(verdict, len(references) > 1))
+    if found:
+        header.insert(4, f"Against {references.pop()}, points" if len(references) == 1 else "Difference, points")
+    else:
+        rows = [[*row[:4], *row[5:]] for row in rows]
+    return {
+        "header": header,
+        "table": rows,
+        "table_note": "Mean ± standard deviation over student seeds, given one teacher and one draw of views; test "
+        "split. Differences in accuracy have their standard errors in brackets, and are bold beyond "
+        f"{STANDARD_ERRORS} of them. MagSim and AngSim are over the pairs that all students have in common.",
+    }
+
+
+def _difference(verdict: Verdict, named: bool) -> str:
+    """The cell of a difference; one that is clear begins with a star."""
+    star = "*" if verdict.difference.is_clear else ""
+    return f"{star}{verdict.text}{f' to {verdict.reference}' if named else ''}"
+
+
+def _runs(students: Students, student: str) -> list[dict[str, Any]]:
+    """The records of all runs of one student."""
+    return [
+        {"method": method} | record.model_dump()
+        for (name, method), records in students.items()
+        if name == student
+        for record in records.seeds
+    ]
+
+
+def _views(inputs: Inputs) -> dict[str, Any]:
+    if inputs.views is None:
+        note = (
+            "Not measured for these parameters: `make experiment-views` trains with 1 to 16 views, and `python -m "
+            "stages.report` then shows it here. Precomputing lives on views: one alone is harmful, from four on "
+            "nothing measurable was lost on digits (docs/RESULTS.md)."
+        )
+        return {"views": [], "views_note": note}
+    results, source = inputs.views
+    drawn = dict.fromkeys(cell.labels["student"] for cell in results.cells)
+    return {
+        "views": [Chart(student, charts.views_chart(results, student)) for student in drawn],
+        "views_note": f"From {source}: {results.dataset}, {results.images['train']:,} training images, a teacher of "
+        f"its own ({results.teacher:.1%}). Bars are standard errors; dashed: fresh views, the teacher in the loop.",
+    }
+
+
+def _curves(inputs: Inputs) -> list[Chart]:
+    found = []
+    for student in inputs.params.students:
+        rows = [
+            {"method": method} | dict(row)
+            for (name, method), curve in inputs.curves.items()
+            if name == student
+            for row in curve
+        ]
+        if rows:
+            found.append(Chart(student, charts.curves_chart(rows, inputs.params.methods)))
+    return found
+
+
+def _similarity(inputs: Inputs) -> dict[str, Any]:
+    drawn = []
+    for student in inputs.params.students:
+        rows = _runs(inputs.students, student)
+        for measure, title in (("mag_sim_common", "MagSim"), ("ang_sim_common", "AngSim")):
+            if any(row[measure] is not None for row in rows):
+                chart = charts.similarity_chart(rows, inputs.params.methods, measure, title)
+                drawn.append(Chart(f"{title}, {student}", chart))
+    pairs = min((record.pairs_common for each in inputs.students.values() for record in each.seeds), default=0)
+    note = (
+        "How alike the perturbations are that lead to the boundaries of teacher and student, on images that both "
+        "classify correctly: ratio of lengths (MagSim) and cosine of the angle (AngSim), 1 for identical networks. "
+        f"Over the {pairs:,} pairs that all students have in common"
+    )
+    return {
+        "similarity": drawn,
+        "similarity_note": note + ("." if pairs >= FEWEST_PAIRS else ": too few to say anything."),
+    }
+
+
+def _dataset(inputs: Inputs) -> dict[str, Any]:
+    totals, tolerance = inputs.shards.manifest.totals, inputs.params.attack.tolerance
+    statuses = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in totals.statuses.items() if count)
+    note = (
+        f"{totals.samples:,} samples: {statuses}; shown are those that converged. The margin is tanh(|m| / 2) of the "
+        f"logit margin m at the stored sample, 0 on the boundary; dashed: the tolerance, {tolerance}. Distances are L2 "
+        "in pixel space [0, 1]."
+    )
+    drawn = [
+        Chart("Probability margin", charts.histogram_chart(inputs.margins, "probability margin", tolerance)),
+        Chart("Distance", charts.histogram_chart(inputs.distances, "distance to the image, L2 in pixels")),
+    ]
+    return {"dataset": drawn if inputs.margins else [], "dataset_note": note}
+
+
+def _gallery_row(example: Example, names: Sequence[str]) -> Row:
+    amplified = f"perturbation x {amplification(example):.1f}"
+    titles = ("image", "sample", amplified)
+    return Row(
+        f"b = {names[example.base]} \u2192 k = {names[example.target]}",
+        [Picture(png, title) for png, title in zip(pictures(example), titles, strict=True)],
+        [f"margin {example.margin:.4f}, distance {example.distance:.2f}"],
+    )

@@ -1,0 +1,63 @@
+"""Facts of a run: how long its stages took here, versions, digests and parameters."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from pipeline.config import Params
+from pipeline.run_record import RunRecord
+from pipeline.shard_format import Manifest
+
+PACKAGES = ("boundary-distillation", "torch", "torchvision", "numpy", "h5py")
+
+Facts = dict[str, dict[str, Any]]
+"""By title, by name."""
+
+
+def facts_of(params: Params, manifest: Manifest, records: Mapping[str, RunRecord], device: torch.device) -> Facts:
+    """What a run followed from, and what it took."""
+    values = params.model_dump(mode="json", exclude={"runtime", "method", "card"})
+    facts: Facts = {
+        "Stages, last time they ran on this machine": {
+            name: f"{record.seconds:.1f} s: {record.said}" for name, record in records.items()
+        },
+        "Machine and versions": _versions(device),
+        "Digests": {
+            "samples": manifest.fingerprint,
+            "teacher": manifest.digests.teacher,
+            "training split": manifest.digests.train,
+        },
+        "Students": {name: value for name, value in values.items() if not isinstance(value, dict)},
+    }
+    facts |= {f"Parameters: {name}": _flat(value) for name, value in values.items() if isinstance(value, dict)}
+    for method in params.methods:
+        facts[f"Method: {method}"] = _flat(params.method[method].model_dump(mode="json", exclude_none=True))
+    return facts
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested parameters by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def _versions(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    found: dict[str, Any] = {
+        "device": name,
+        "Python": platform.python_version(),
+        "system": platform.platform(terse=True),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

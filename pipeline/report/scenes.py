@@ -1,0 +1,142 @@
+"""The planes on which networks are drawn: through an image and two of its samples, or all of a plane of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data import Prepared
+from pipeline.models import Classifier, placed
+from pipeline.newton import newton
+from pipeline.report.decision_map import Scene, logits_on, map_png, plane_through, search_path, unit_square
+from pipeline.report.page import Picture, Row
+from pipeline.report.samples import Example, image_of
+from pipeline.shard_format import Manifest
+from pipeline.shard_reader import BoundaryShards, samples_of
+from pipeline.status import Status
+
+SCENES = 3
+PATHS = 24  # of searches that are drawn, where inputs are points of a plane
+POINTS_DRAWN = 1000
+
+
+def is_planar(manifest: Manifest) -> bool:
+    """Whether images have two pixels, so that a plane holds all of them."""
+    return int(np.prod(manifest.image_shape)) == 2
+
+
+def maps_to_draw(models: Mapping[str, Classifier], manifest: Manifest) -> int:
+    """How many decision maps there can be."""
+    return len(models) * (1 if is_planar(manifest) else SCENES)
+
+
+def decision_maps(
+    scenes: Iterator[tuple[str, Scene]],
+    models: Mapping[str, Classifier],
+    names: Sequence[str],
+    device: torch.device,
+    progress: Callable[[], Any],
+) -> Iterator[Row]:
+    """A row of pictures for each titled scene, one of each model.
+
+    Args:
+        scenes: with their titles.
+        models: by name, the teacher first.
+        names: of the classes.
+        device: to run models on.
+        progress: called after each picture.
+    """
+    teacher = next(iter(models))
+    for title, scene in scenes:
+        logits: dict[str, Any] = {}
+        pictures = []
+        for name, model in models.items():
+            logits[name] = logits_on(placed(model, device), scene.plane, device)
+            png = map_png(scene, logits[name], names, None if name == teacher else logits[teacher])
+            pictures.append(Picture(png, name))
+            progress()
+        yield Row(title, pictures)
+
+
+def scenes_of(
+    shards: BoundaryShards, train: Prepared, teacher: Classifier, examples: Sequence[Example]
+) -> Iterator[tuple[str, Scene]]:
+    """Scenes with their titles.
+
+    Args:
+        shards: the dataset.
+        train: the training split that it was made from.
+        teacher: on the CPU.
+        examples: of the dataset, among which images are chosen.
+    """
+    teacher = teacher.eval()
+    if is_planar(shards.manifest):
+        yield "The whole input space", planar_scene(shards, train, teacher)
+        return
+    names = shards.manifest.class_names
+    for example in examples[:: max(1, len(examples) // SCENES)][:SCENES]:
+        found = _second_sample(teacher, example)
+        if found is not None:
+            second, target = found
+            points = torch.stack([example.image, example.sample, second])
+            plane = plane_through(*points)
+            places = plane.coordinates(points)
+            scene = Scene(plane, places[1:], [places[[0, 1]], places[[0, 2]]], places[:1], np.array([example.base]))
+            yield f"{names[example.base]}, towards {names[example.target]} and {names[target]}", scene
+
+
+def _second_sample(teacher: Classifier, example: Example) -> tuple[Tensor, int] | None:
+    """Another sample of an image, towards the likeliest class that has one, and that class."""
+    base = torch.tensor([example.base])
+    for target in example.logits.argsort(descending=True):
+        if int(target) not in (example.base, example.target):
+            found = newton(teacher, example.image[None], base, target[None])
+            if int(found.status[0]) == Status.CONVERGED:
+                return example.image + found.perturbation[0], int(target)
+    return None
+
+
+def planar_scene(shards: BoundaryShards, train: Prepared, teacher: Classifier) -> Scene:
+    """Points of view 0, their boundary-supporting samples, and the paths of some of their searches, made again."""
+    plane, padding = unit_square(shards.manifest.image_shape), shards.manifest.augmentation.padding
+    count = min(POINTS_DRAWN, sum(shard.rows for shard in shards.shards_of_view(0)))
+    rows = [shards[number] for number in range(count)]
+    images = torch.stack([image_of(row, train, padding) for row in rows])
+    labels = torch.stack([row["label"] for row in rows])
+    columns = {
+        name: torch.stack([row[name][0] for row in rows]) for name in ("delta", "delta_scale", "target", "status")
+    }
+    samples = samples_of(images, columns["delta"], columns["delta_scale"])
+    (done,) = torch.nonzero(columns["status"] == Status.CONVERGED, as_tuple=True)
+    paths = [
+        search_path(teacher, images[row].float() / 255, int(labels[row]), int(columns["target"][row]))
+        for row in done[:: max(1, len(done) // PATHS)].tolist()
+    ]
+    return Scene(
+        plane,
+        plane.coordinates(samples[done]),
+        [plane.coordinates(path) for path in paths],
+        plane.coordinates(images.float() / 255),
+        labels.numpy(),
+    )
+
+
+def maps_note(manifest: Manifest) -> str:
+    """What the marks on decision maps are."""
+    lines = (
+        "Colours are the classes that a network predicts; thin lines are logit margins of 1, 2, 4 and 8, thick ones "
+        "decision boundaries, dashed ones those of the teacher."
+    )
+    if is_planar(manifest):
+        return (
+            f"{lines} Dots are training images, diamonds boundary-supporting samples of the teacher, lines between "
+            "them the paths of some searches. Students are those of seed 0."
+        )
+    return (
+        f"The plane through an image (circle) and two of its samples (diamonds; the second one was searched for this "
+        f"picture). {lines} Students are those of seed 0. Points outside [0, 1] are not clipped."
+    )

@@ -1,0 +1,236 @@
+"""From the records of all students to the summary, its table, its plot data, and the sentence that it comes to."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
+from math import hypot
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel
+
+from pipeline.config import Method
+from pipeline.errors import DataError
+from pipeline.experiment import Difference, Estimate, estimate
+
+
+class Record(BaseModel):
+    """The figures of one run, as the evaluation writes them: fractions, nats, similarities (None without pairs)."""
+
+    seed: int
+    accuracy: float
+    agreement: float
+    teacher_divergence: float
+    mag_sim: float | None
+    ang_sim: float | None
+    mag_sim_common: float | None
+    ang_sim_common: float | None
+    pairs_common: int
+
+
+class StudentRecords(BaseModel):
+    """The runs of one student by one method."""
+
+    seeds: list[Record]
+
+
+class TeacherRecord(BaseModel):
+    """The teacher's figures."""
+
+    accuracy: float
+
+
+Result = TypeVar("Result", bound=BaseModel)
+Students = Mapping[tuple[str, str], StudentRecords]
+"""Records by (student, method)."""
+Curves = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
+"""By (student, method), rows of seed, epoch and validation_accuracy; none without a validation split."""
+
+MEASURES = ("accuracy", "agreement", "teacher_divergence", "mag_sim", "ang_sim", "mag_sim_common", "ang_sim_common")
+TABLE = {
+    "accuracy": ("Accuracy, %", 100),
+    "agreement": ("Agreement with teacher, %", 100),
+    "mag_sim_common": ("MagSim", 1),
+    "ang_sim_common": ("AngSim", 1),
+}
+
+
+def read_result(path: Path, kind: type[Result]) -> Result:
+    """Read a result of the evaluation.
+
+    Raises:
+        DataError: it is not there or not what the evaluation writes.
+    """
+    try:
+        return kind.model_validate_json(path.read_text())
+    except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: cannot be read ({reason}); make it with: python -m stages.evaluate") from None
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float | int | None]:
+    """Mean, standard deviation over seeds (ddof 1; None for one value) and number of the values that are defined."""
+    defined = [value for value in values if value is not None]
+    return {
+        "mean": fmean(defined) if defined else None,
+        "std": stdev(defined) if len(defined) > 1 else None,
+        "n": len(defined),
+    }
+
+
+def summarise(dataset: str, teacher: TeacherRecord, students: Students) -> dict[str, Any]:
+    """The summary of a comparison, as fractions."""
+    summary: dict[str, Any] = {"dataset": dataset, "teacher": teacher.model_dump(), "students": {}}
+    for (student, method), records in students.items():
+        figures = {measure: spread([getattr(record, measure) for record in records.seeds]) for measure in MEASURES}
+        summary["students"].setdefault(student, {})[method] = figures
+    return summary
+
+
+def table_cells(students: Students) -> tuple[list[str], list[list[str]]]:
+    """The header and rows of the table: one for each student and method, mean +- standard deviation over seeds."""
+    rows = []
+    for (student, method), records in students.items():
+        figures = [spread([getattr(record, name) for record in records.seeds]) for name in TABLE]
+        cells = [_cell(figure, scale) for figure, (_, scale) in zip(figures, TABLE.values(), strict=True)]
+        rows.append([student, method, str(len(records.seeds)), *cells])
+    return ["Student", "Method", "n", *(title for title, _ in TABLE.values())], rows
+
+
+def markdown_table(dataset: str, teacher: TeacherRecord, students: Students) -> str:
+    """The table as Markdown."""
+    header, rows = table_cells(students)
+    lines = [f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
+    lines += [f"| {' | '.join(cells)} |" for cells in rows]
+    note = (
+        "Mean and standard deviation over student seeds, given one teacher and one draw of views; test split. MagSim "
+        "and AngSim over the pairs that all students have in common."
+    )
+    return f"Teacher on {dataset}: {teacher.accuracy:.1%} accuracy.\n\n" + "\n".join(lines) + f"\n\n{note}\n"
+
+
+def _cell(figure: Mapping[str, float | None], scale: float) -> str:
+    if figure["mean"] is None:
+        return "no pairs"
+    digits = 1 if scale == 100 else 3
+    deviation = "" if figure["std"] is None else f" ± {figure['std'] * scale:.{digits}f}"
+    return f"{figure['mean'] * scale:.{digits}f}{deviation}"
+
+
+def seeds_csv(students: Students) -> str:
+    """Every run as CSV: student, method, seed, and its figures; empty where a similarity has no pairs."""
+    rows = [
+        {"student": student, "method": method} | {name: getattr(record, name) for name in ("seed", *MEASURES)}
+        for (student, method), records in students.items()
+        for record in records.seeds
+    ]
+    return csv_text(("student", "method", "seed", *MEASURES), rows)
+
+
+def curves_csv(curves: Curves) -> str:
+    """All learning curves as CSV: student, method, seed, epoch, validation_accuracy (fraction)."""
+    rows = [
+        {"student": student, "method": method} | dict(row)
+        for (student, method), curve in curves.items()
+        for row in curve
+    ]
+    return csv_text(("student", "method", "seed", "epoch", "validation_accuracy"), rows)
+
+
+def csv_text(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Records as CSV, six digits of each number; empty for None."""
+    text = StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({n: f"{value:.6g}" if isinstance(value, float) else value for n, value in row.items()})
+    return text.getvalue()
+
+
+def reference_of(method: str, shown: Mapping[str, Method]) -> str | None:
+    """The method with which another one is compared; None for those that others are compared with.
+
+    It is the one that distils logits alone (Hinton et al., 2015) from the same source, else from any source, else the
+    first method: a gain is credited to a loss only beside the same images.
+    """
+    plain = [name for name, each in shown.items() if set(each.losses) == {"hinton"}]
+    same = [name for name in plain if shown[name].source == shown[method].source]
+    reference = [*same, *plain, *shown][0]
+    return None if reference == method else reference
+
+
+class Verdict(NamedTuple):
+    """The accuracy of a student by a method beside that by another one."""
+
+    student: str
+    method: str
+    reference: str
+    difference: Difference
+    """Of the mean accuracies, fractions."""
+
+    @property
+    def text(self) -> str:
+        """The difference in points, and its standard error."""
+        error = self.difference.error
+        return f"{100 * self.difference.value:+.1f}" + ("" if error is None else f" ({100 * error:.1f})")
+
+
+def verdicts(students: Students, shown: Mapping[str, Method]) -> list[Verdict]:
+    """Every student and method beside its reference, in the order of `students`."""
+    found = []
+    for student, method in students:
+        reference = reference_of(method, shown)
+        if reference is not None:
+            ours, theirs = _accuracy(students[student, method]), _accuracy(students[student, reference])
+            error = None if ours.error is None or theirs.error is None else hypot(ours.error, theirs.error)
+            found.append(Verdict(student, method, reference, Difference(ours.mean - theirs.mean, error)))
+    return found
+
+
+def _accuracy(records: StudentRecords) -> Estimate:
+    known = estimate([[record.accuracy for record in records.seeds]])
+    assert known is not None  # there is at least one seed
+    return known
+
+
+def finding(students: Students, shown: Mapping[str, Method], dataset: str) -> list[str]:
+    """What came out, a sentence for each student: which differences in accuracy exceed two standard errors."""
+    return [_sentence(student, students, shown, dataset) for student in dict.fromkeys(name for name, _ in students)]
+
+
+def _sentence(student: str, students: Students, shown: Mapping[str, Method], dataset: str) -> str:
+    mine = [verdict for verdict in verdicts(students, shown) if verdict.student == student]
+    seeds = len(next(records for (name, _), records in students.items() if name == student).seeds)
+    start = f"{student} on the test split of {dataset}, n = {seeds} {'seed' if seeds == 1 else 'seeds'} of each method"
+    if not mine:
+        return f"{start}: {'; '.join(_stated(method, students[student, method]) for method in shown)}."
+    groups = []
+    for reference in dict.fromkeys(verdict.reference for verdict in mine):
+        stated = _stated(reference, students[student, reference])
+        groups.append(f"beside {stated}: {_claims([each for each in mine if each.reference == reference], seeds)}")
+    return f"{start}, {'; '.join(groups)}."
+
+
+def _stated(method: str, records: StudentRecords) -> str:
+    known = _accuracy(records)
+    deviation = "" if known.deviation is None else f" ± {100 * known.deviation:.1f}"
+    return f"{method} ({100 * known.mean:.1f}{deviation} %)"
+
+
+def _claims(found: Sequence[Verdict], seeds: int) -> str:
+    """In words: what is clear, then what is not."""
+    claims, unclear = [], []
+    for method, difference in ((each.method, each.difference) for each in found):
+        error = "" if difference.error is None else f"standard error {100 * difference.error:.1f}"
+        if difference.is_clear:
+            more = "more" if difference.value > 0 else "less"
+            claims.append(f"{method} is {100 * abs(difference.value):.1f} points {more} accurate ({error})")
+        else:
+            unclear.append(f"{method} ({', '.join(filter(None, [f'{100 * difference.value:+.1f}', error]))})")
+    if unclear:
+        why = "with one seed no difference is claimed" if seeds == 1 else "not to be told apart"
+        claims.append(f"{why}: {', '.join(unclear)}")
+    return "; ".join(claims)

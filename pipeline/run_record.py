@@ -1,0 +1,33 @@
+"""How long each stage took when it last ran on this machine: kept beside the store, and part of no result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.storage import write_json
+
+
+class RunRecord(BaseModel):
+    """One run of a stage that ended well."""
+
+    seconds: float
+    said: str
+    """Its last line."""
+
+
+def record_run(directory: Path, name: str, record: RunRecord) -> None:
+    """Keep the record of a run, in the place of the one before."""
+    write_json(directory / f"{name}.json", record.model_dump())
+
+
+def read_records(directory: Path, names: list[str]) -> dict[str, RunRecord]:
+    """The records that there are of these names, in this order; a damaged one counts as none."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = RunRecord.model_validate_json((directory / f"{name}.json").read_text())
+        except (OSError, ValidationError):
+            continue
+    return found
