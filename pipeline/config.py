@@ -50,7 +50,7 @@ class Section(BaseModel):
 class Dataset(Section):
     """The images and how views of them are drawn."""
 
-    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder"]
+    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder", "spirals"]
     path: Annotated[str, Field(min_length=1)] = Field(description="of an imagefolder; where others are downloaded to")
     image_size: tuple[Count, Count] | None = Field(strict=False, description="height and width to resize to")
     channels: Literal[1, 3] | None = Field(description="gray or RGB; by default, as the first image")

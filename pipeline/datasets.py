@@ -26,6 +26,8 @@ SPLIT_FOLDERS = {
     "val": "validation",
 }
 
+SPIRALS_NOISE = 0.06  # standard deviation of each coordinate, for a radius of 1
+
 
 class Part(NamedTuple):
     """Labelled images."""
@@ -69,6 +71,8 @@ def open_dataset(dataset: Dataset, scratch: Path) -> Iterator[Source]:
             yield source._replace(notes=[*source.notes, *files.notes])
     elif dataset.name == "digits":
         yield _digits()
+    elif dataset.name == "spirals":
+        yield _spirals(dataset.seed)
     else:
         yield _from_torchvision(dataset.name, path)
 
@@ -81,6 +85,19 @@ def _digits() -> Source:
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # the originals have 17 levels
     part = Part(digits.target.astype(np.int64), lambda row: Image.fromarray(pixels[row]), "image {}".format)
     return Source(tuple(map(str, digits.target_names)), {"train": part})
+
+
+def _spirals(seed: int) -> Source:
+    """3,000 points of three spiral arms, as gray images of two pixels: across and up, the middle at mid-grey."""
+    generator = np.random.default_rng(seed)
+    label = np.arange(3000) % 3
+    radius = np.sqrt(generator.uniform(0.02, 1, len(label)))
+    angle = 2 * np.pi * (0.75 * radius + label / 3)
+    points = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+    points += generator.normal(0, SPIRALS_NOISE, points.shape)
+    pixels = np.rint(255 * (0.5 + 0.4 * points.clip(-1.25, 1.25))).astype(np.uint8)[:, None]
+    part = Part(label.astype(np.int64), lambda row: Image.fromarray(pixels[row]), "point {}".format)
+    return Source(("0", "1", "2"), {"train": part})
 
 
 def _image_folder(path: Path, names: list[str], image: Callable[[str], Image.Image]) -> Source:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from pipeline.errors import WeightsError
-from pipeline.networks import check_network, resnet_size
+from pipeline.mlp import Mlp
+from pipeline.networks import check_network, mlp_size, resnet_size
 from pipeline.resnet import ResNet
 
 CHANNELS_LAST_FROM = 8  # channels, on a CPU
@@ -74,6 +76,8 @@ def build(architecture: Architecture) -> Classifier:
         except (RuntimeError, TypeError, ValueError) as error:
             raise WeightsError(f"network '{name}': {' '.join(str(error).split())}") from None
         return _checked(Classifier(network, architecture))
+    if layers := mlp_size(name):
+        return Classifier(Mlp(*layers, prod(architecture.image_shape), classes), architecture)
     return Classifier(ResNet(*resnet_size(name), channels, classes), architecture)
 
 

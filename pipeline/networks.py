@@ -2,6 +2,7 @@
 
 import re
 
+MLP_NAME = re.compile(r"mlp([1-9]\d*)w([1-9]\d*)")
 RESNET_NAME = re.compile(r"resnet(\d+)(?:w(\d+))?")
 LIBRARY_NAME = re.compile(r"(torchvision|timm)\.([A-Za-z0-9_.]+)")
 
@@ -10,14 +11,16 @@ def check_network(name: str) -> None:
     """Refuse a name that no network has.
 
     Names: `resnet<depth>` with depth 6n + 2 (8, 14, 20, 26, ...), optionally `w<channels>` of the first group
-    (default 16), as `resnet8w4`; `torchvision.<name>` and `timm.<name>` for the classifiers of these libraries.
+    (default 16), as `resnet8w4`; `mlp<hidden layers>w<units>`, as `mlp2w32`; `torchvision.<name>` and `timm.<name>`
+    for the classifiers of these libraries.
 
     Raises:
         ValueError: no network has that name, or the library is not installed.
     """
     match = LIBRARY_NAME.fullmatch(name)
     if not match:
-        resnet_size(name)
+        if mlp_size(name) is None:
+            resnet_size(name)
     elif match[1] == "torchvision":
         from torchvision import models
 
@@ -32,6 +35,12 @@ def check_network(name: str) -> None:
             raise ValueError(f"timm has no model '{match[2]}'")
 
 
+def mlp_size(name: str) -> tuple[int, int] | None:
+    """Hidden layers and units of each, of a multilayer perceptron's name: `mlp2w32` is (2, 32); None of another."""
+    match = MLP_NAME.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
 def resnet_size(name: str) -> tuple[int, int]:
     """Depth and width of a ResNet's name: `resnet20` is (20, 16), `resnet8w4` is (8, 4).
 
@@ -42,7 +51,7 @@ def resnet_size(name: str) -> tuple[int, int]:
     depth, width = (int(match[1]), int(match[2] or 16)) if match else (0, 0)
     if depth < 8 or (depth - 2) % 6 or width < 1:
         raise ValueError(
-            "expected a network resnet<6n+2> (8, 14, 20, 26, ...), one with its width, as resnet8w4, or "
-            "torchvision.<name> or timm.<name>"
+            "expected a network resnet<6n+2> (8, 14, 20, 26, ...), one with its width, as resnet8w4, "
+            "mlp<layers>w<units>, torchvision.<name> or timm.<name>"
         )
     return depth, width

@@ -500,7 +500,9 @@ def test_the_attack_stage_states_what_the_parameters_say(tmp_path, monkeypatch):
     assert list(card.values()) == ["not stated"] * 4
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder"])
+@pytest.mark.parametrize(
+    "name", ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder", "spirals"]
+)
 def test_presets_of_datasets_leave_no_statement_on_another_dataset(name):
     card = YAML(typ="safe").load(ROOT / f"presets/{name}.yaml")["card"]
     assert card.keys() == Card.model_fields.keys()

@@ -372,3 +372,20 @@ def test_digits_are_as_scikit_learn_has_them(tmp_path):
     assert class_names == tuple("0123456789")
     assert np.array_equal(labels, original.target)
     np.testing.assert_allclose(np.array(images) / 255, original.images / 16, atol=0.5 / 255 + 1e-12)
+
+
+def test_spirals_are_three_arms_in_a_plane_of_two_pixels(tmp_path):
+    class_names, parts = opened(tmp_path, tmp_path, "spirals")
+    assert (class_names, parts.keys()) == (("0", "1", "2"), {"train"})
+    labels, images = np.array(parts["train"][0]), np.array(parts["train"][1])
+    assert np.bincount(labels).tolist() == [1000, 1000, 1000]
+    assert (images.shape, images.dtype) == ((3000, 1, 2), np.uint8)
+    across, up = (images[:, 0].T / 255 - 0.5) / 0.4
+    radius, angle = np.hypot(across, up), np.arctan2(up, across)
+    outside = radius > 0.3  # where noise changes the angle little
+    turned = np.exp(1j * (angle - 1.5 * np.pi * radius - 2 * np.pi * labels / 3))[outside]
+    assert abs(np.angle(turned.mean())) < 0.05  # noise makes radii a little longer
+    assert np.abs(np.angle(turned)).max() < np.pi / 3 * 1.5
+    assert np.mean(np.abs(np.angle(turned)) < np.pi / 3) > 0.99
+    again = opened(tmp_path, tmp_path, "spirals")[1]["train"]
+    np.testing.assert_array_equal(images, np.array(again[1]))

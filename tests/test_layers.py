@@ -9,7 +9,7 @@ from pipeline.provenance import ROOT, closure_of, imported_by, path_of
 
 # Modules import only from layers above their own in this list.
 LAYERS = (
-    {"errors", "status", "networks", "provenance", "similarity", "resnet", "projection"},
+    {"errors", "status", "networks", "provenance", "similarity", "resnet", "mlp", "projection"},
     {"metrics", "shard_layout", "storage", "config", "views", "image_files", "forks", "byte_source", "boundary"},
     {
         "shard_format",

@@ -87,7 +87,24 @@ def test_fresh_weights_follow_from_torchs_seed():
     assert not torch.equal(first, other)
 
 
-UNKNOWN = ["resnet9", "resnet2", "resnet8w0", "resnet", "foo", "", "ResNet8", "resnet8w4 ", "resnet8\n", "../resnet8"]
+UNKNOWN = [
+    "resnet9",
+    "resnet2",
+    "resnet8w0",
+    "resnet",
+    "foo",
+    "",
+    "ResNet8",
+    "resnet8w4 ",
+    "resnet8\n",
+    "../resnet8",
+    "mlp",
+    "mlp2",
+    "mlp0w8",
+    "mlp2w0",
+    "mlp02w8",
+    "mlp2w8 ",
+]
 
 
 @pytest.mark.parametrize("network", UNKNOWN)

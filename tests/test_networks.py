@@ -35,6 +35,8 @@ CASES = [
     ("resnet8w2", "resnet8w4", 5, (3, 12, 20)),
     ("resnet8w2", "resnet8w2", 4, (3, 64, 64)),
     ("resnet8w2", "resnet8w2", 3, (1, 224, 224)),
+    ("mlp3w16", "mlp1w4", 3, (1, 1, 2)),
+    ("mlp2w8", "resnet8w2", 2, (3, 5, 1)),
     ("torchvision.resnet18", "torchvision.mobilenet_v3_small", 3, (3, 64, 48)),
     ("torchvision.shufflenet_v2_x0_5", "resnet8w2", 3, (1, 32, 32)),
     ("timm.test_convnext", "timm.test_efficientnet", 3, (1, 40, 32)),

@@ -11,7 +11,7 @@ from pipeline.errors import ParameterError
 from pipeline.presets import configure
 from tests.files import ROOT, run_stage
 
-DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder")
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder", "spirals")
 RECIPES = ("quick", "paper")
 
 

@@ -72,7 +72,7 @@ def _by_method(rows: Rows, methods: Sequence[str], measure: str, title: str, num
     seeds = 1 + max(row["seed"] for row in rows)
     angle = 0 if len(methods) < 6 else -40
     x = alt.X("method:N", title=None, axis=alt.Axis(labelAngle=angle), scale=alt.Scale(domain=list(methods)))
-    axis = alt.Axis(format=number.replace("3", "2").replace("1", "0"))
+    axis = alt.Axis(format=number)
     y = alt.Y(f"{measure}:Q", title=title, scale=alt.Scale(zero=False, padding=12), axis=axis)
     shared = {"x": x, "color": _colours(methods), "opacity": _chosen()}
     spreads = _chart([_spread(rows, method, measure) for method in methods]).encode(**shared)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -116,12 +116,12 @@ def margin_on(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(best - second)
 
 
-def class_colours(classes: int) -> list[tuple[float, float, float]]:
-    """A colour for each class, light enough for dark ink on it."""
+def _palette(classes: int) -> NDArray[np.float64]:
+    """(classes, 3): a colour for each class; the twenty-first has that of the first."""
     from matplotlib import colormaps
 
-    palette = np.array(colormaps["tab10" if classes <= 10 else "tab20"].colors)  # type: ignore[attr-defined]
-    return [tuple((0.45 * palette[number % len(palette)] + 0.55).tolist()) for number in range(classes)]
+    colours: Any = colormaps["tab10" if classes <= 10 else "tab20"]
+    return np.array([colours.colors[number % colours.N] for number in range(classes)])
 
 
 def draw_map(
@@ -134,13 +134,15 @@ def draw_map(
         scene: the plane and what lies on it.
         logits: (classes, side, side) of the network.
         names: of the classes.
-        teacher: (classes, side, side); its boundaries are drawn dashed.
+        teacher: (classes, side, side); its boundaries are drawn dashed. None on the map of the teacher itself, which
+            also has the paths to the samples.
     """
-    plane, colours = scene.plane, class_colours(len(names))
+    plane = scene.plane
     right, top = plane.left + plane.side, plane.bottom + plane.side
     extent = (plane.left, right, plane.bottom, top)
     regions = logits.argmax(0)
-    axes.imshow(np.array(colours)[regions], origin="lower", extent=extent, interpolation="nearest")
+    light = 0.45 * _palette(len(names)) + 0.55  # so that dark ink can be read on it
+    axes.imshow(light[regions], origin="lower", extent=extent, interpolation="nearest")
     contours = {"origin": "lower", "extent": extent, "colors": INK}
     axes.contour(margin_on(logits), LEVELS, linewidths=0.5, alpha=0.35, **contours)
     for boundary, style in ((logits, "solid"), (teacher, "dashed")):
@@ -148,7 +150,12 @@ def draw_map(
             axes.contour(field, [0], linewidths=1.4, linestyles=style, **contours)
     for name, x, y in _names_in(regions, names, plane):
         axes.text(x, y, name, ha="center", va="center", fontsize=9, color=INK, alpha=0.75)
-    _draw_points(axes, scene, colours)
+    if teacher is None:
+        _draw_paths(axes, scene, len(names))
+    few = len(scene.images) == 1
+    if few:
+        axes.scatter(*scene.images.T, s=40, c=PAPER, linewidths=1.2, edgecolors=INK, zorder=4)
+    axes.scatter(*scene.samples.T, s=60 if few else 12, c=PAPER, marker="D", linewidths=0.9, edgecolors=INK, zorder=5)
     axes.set(xlim=(plane.left, right), ylim=(plane.bottom, top))
     axes.set_axis_off()
 
@@ -184,19 +191,17 @@ def _names_in(regions: NDArray[np.int64], names: Sequence[str], plane: Plane) ->
                 yield names[number], plane.left + column * pixel, plane.bottom + row * pixel
 
 
-def _draw_points(axes: Any, scene: Scene, colours: Sequence[tuple[float, float, float]]) -> None:
-    edge = {"edgecolors": INK, "zorder": 3}
-    small = len(scene.images) > 1
-    axes.scatter(
-        *scene.images.T,
-        s=9 if small else 40,
-        c=[colours[label] for label in scene.labels] if small else PAPER,
-        linewidths=0.4 if small else 1.2,
-        **edge,
-    )
+def _draw_paths(axes: Any, scene: Scene, classes: int) -> None:
+    """What a teacher's map has beside the samples: training images in the colours of their classes, and paths."""
+    colours = _palette(classes)[scene.labels]
+    axes.scatter(*scene.images.T, s=12, c=colours, linewidths=0.4, edgecolors=PAPER, zorder=3)
     for path in scene.paths:
         axes.plot(*path.T, color=INK, linewidth=0.9, marker=".", markersize=2.5, zorder=4)
-    axes.scatter(*scene.samples.T, s=16 if small else 60, c=PAPER, marker="D", linewidths=0.9, edgecolors=INK, zorder=5)
+
+
+def agreement_on(logits: NDArray[np.float32], teacher: NDArray[np.float32]) -> float:
+    """The fraction of a plane on which two networks, (classes, side, side) each, predict the same class."""
+    return float((logits.argmax(0) == teacher.argmax(0)).mean())
 
 
 def map_png(
@@ -207,22 +212,11 @@ def map_png(
 
     figure = Figure(figsize=(INCHES, INCHES), dpi=DOTS_PER_INCH)
     draw_map(figure.add_axes((0, 0, 1, 1)), scene, logits, names, teacher)
-    return _png(figure)
+    return png_of(figure)
 
 
-def maps_png(scene: Scene, maps: Mapping[str, NDArray[np.float32]], names: Sequence[str]) -> bytes:
-    """Maps of several networks side by side under their names, the teacher's first, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(INCHES * len(maps), INCHES * 1.1), dpi=DOTS_PER_INCH, layout="constrained")
-    teacher = next(iter(maps.values()))
-    for axes, (title, logits) in zip(figure.subplots(1, len(maps)), maps.items(), strict=True):
-        draw_map(axes, scene, logits, names, None if logits is teacher else teacher)
-        axes.set_title(title, fontsize=10)
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
+    """A figure of matplotlib as PNG, without the name of the program."""
     content = BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})
     return content.getvalue()

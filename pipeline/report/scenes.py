@@ -12,7 +12,15 @@ from torch import Tensor
 from pipeline.data import Prepared
 from pipeline.models import Classifier, placed
 from pipeline.newton import newton
-from pipeline.report.decision_map import Scene, logits_on, map_png, plane_through, search_path, unit_square
+from pipeline.report.decision_map import (
+    Scene,
+    agreement_on,
+    logits_on,
+    map_png,
+    plane_through,
+    search_path,
+    unit_square,
+)
 from pipeline.report.page import Picture, Row
 from pipeline.report.samples import Example, image_of
 from pipeline.shard_format import Manifest
@@ -57,7 +65,8 @@ def decision_maps(
         for name, model in models.items():
             logits[name] = logits_on(placed(model, device), scene.plane, device)
             png = map_png(scene, logits[name], names, None if name == teacher else logits[teacher])
-            pictures.append(Picture(png, name))
+            same = f", {agreement_on(logits[name], logits[teacher]):.1%} as the teacher" if name != teacher else ""
+            pictures.append(Picture(png, name + same))
             progress()
         yield Row(title, pictures)
 
@@ -133,8 +142,8 @@ def maps_note(manifest: Manifest) -> str:
     )
     if is_planar(manifest):
         return (
-            f"{lines} Dots are training images, diamonds boundary-supporting samples of the teacher, lines between "
-            "them the paths of some searches. Students are those of seed 0."
+            f"{lines} Diamonds are boundary-supporting samples of the teacher; on its map, dots are training images "
+            "and lines the paths of some searches. Students are those of seed 0."
         )
     return (
         f"The plane through an image (circle) and two of its samples (diamonds; the second one was searched for this "
