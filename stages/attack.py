@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -21,12 +22,12 @@ from pipeline.errors import ParameterError
 from pipeline.runtime import choose_device, search_batch, side_by_side
 from pipeline.storage import Store, check_replaceable, lock
 from pipeline.teacher import checked_accuracy, load_with_digest
-from stages.cli import WORK, errors_in_one_line, params_option, path_option, say, scheduler_option
+from stages.cli import EXIT_CODES, WORK, done, errors_in_one_line, params_option, path_option, say, scheduler_option
 
 TEACHER_CHECK = 512  # images on which the teacher is checked first
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @params_option
 @path_option("--prepared", "data/prepared", "Directory of the prepared splits.")
 @path_option("--teacher", "models/teacher.safetensors", "Weights of the teacher.")
@@ -43,12 +44,14 @@ def main(
     Writes HDF5 shards, their card (README.md, croissant.json) and manifest.json. Finished shards are kept in
     .work/shards: a run that was stopped goes on where it was, and more views compute only what is new.
 
+    \b
     Example: python -m stages.attack
     """
     if only_plan and (prune or scheduler is not None):
         raise ParameterError(
             "--plan: makes nothing and counts this machine's workers: leave --prune and --scheduler out"
         )
+    begin = time.perf_counter()
     params = load_params(params_path)
     train = read_prepared(prepared / "train.h5")
     model, digest = load_with_digest(teacher, train, "teacher")
@@ -80,11 +83,12 @@ def main(
             say(f"removed {dataset.prune()} other shards from {WORK / 'shards'}")
     totals = manifest.totals
     attacked = totals.samples - totals.statuses["base_misclassified"]
-    click.echo(
+    line = (
         f"wrote {out}: {totals.shards} shards ({len(missing)} computed, {totals.shards - len(missing)} reused), "
         f"{totals.samples} samples, {totals.statuses['converged'] / max(attacked, 1):.1%} of {attacked} searches "
         f"converged, {totals.bytes / 1e6:.1f} MB"
     )
+    done("attack", line, begin)
 
 
 def _say_plan(plan: Plan, dataset: SampleDataset, out: Path, device: str, workers: int) -> None:

@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,16 @@ from typing import Any
 import click
 
 from pipeline.errors import ParameterError, PipelineError
+from pipeline.run_record import RunRecord, record_run
 
 WORK = Path(".work")  # the private store: ignored by git and DVC
+RUNS = "runs"  # in it: how long stages took
 PATH = click.Path(path_type=Path)
 
 EXIT_FAILED, EXIT_BAD_PARAMETERS, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 bad parameters or usage, 130 interrupted."
+GO_ON = "what is finished is kept, run the same command to go on"
+NOTHING_WRITTEN = "nothing was written, run the same command again"
 
 
 def params_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,8 +48,15 @@ def scheduler_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
-def errors_in_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn what a user can mend into one line and an exit code; with --debug into a traceback."""
+def errors_in_one_line(function: Callable[..., Any] | None = None, *, interrupted: str = GO_ON) -> Callable[..., Any]:
+    """Turn what a user can mend into one line and an exit code; with --debug into a traceback.
+
+    Args:
+        function: the command.
+        interrupted: what it says after Ctrl-C.
+    """
+    if function is None:
+        return functools.partial(errors_in_one_line, interrupted=interrupted)
 
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(function)
@@ -54,7 +67,7 @@ def errors_in_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             function(*args, **options)
         except KeyboardInterrupt:
-            _complain("\ninterrupted: what is finished is kept, run the same command to go on")
+            _complain(f"\ninterrupted: {interrupted}")
             sys.exit(EXIT_INTERRUPTED)
         except PipelineError as error:
             if debug:
@@ -98,3 +111,9 @@ def _complain(message: str) -> None:
 def say(message: str) -> None:
     """One line about what is going on, past any progress bar."""
     click.echo(message, err=True)
+
+
+def done(name: str, line: str, begin: float) -> None:
+    """The last line of a stage: what it wrote; kept for the report, with the seconds since `begin`."""
+    record_run(WORK / RUNS, name, RunRecord(seconds=time.perf_counter() - begin, said=line))
+    click.echo(line)

@@ -8,20 +8,23 @@ import click
 
 from pipeline.config import load_params
 from pipeline.presets import configure
-from stages.cli import errors_in_one_line, params_option, say
+from stages.cli import EXIT_CODES, NOTHING_WRITTEN, errors_in_one_line, params_option, say
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @click.argument("overlays", metavar="[PRESET.yaml | KEY=VALUE]...", nargs=-1, required=True)
 @params_option
-@errors_in_one_line
+@errors_in_one_line(interrupted=NOTHING_WRITTEN)
 def main(overlays: tuple[str, ...], params_path: Path) -> None:
     """Lay presets and single values over the parameter file, in order; its comments stay.
 
-    presets/ has datasets (digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagefolder) and recipes (quick,
-    paper). The result is checked before it is written. presets/digits.yaml brings back all defaults but `runtime`.
+    presets/ has datasets (digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagefolder, spirals) and recipes
+    (quick, paper). The result is checked before it is written. presets/digits.yaml brings back all defaults but those
+    of `runtime`.
 
-    Example: python -m stages.configure presets/cifar10.yaml presets/paper.yaml attack.views=16
+    \b
+    Example: python -m stages.configure presets/cifar10.yaml presets/paper.yaml
+             python -m stages.configure attack.views=16
     """
     changes = configure(params_path, list(overlays))
     for change in changes:

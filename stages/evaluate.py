@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import click
@@ -15,10 +16,10 @@ from pipeline.evaluation_run import Evaluation
 from pipeline.runtime import choose_device
 from pipeline.storage import Store, atomic_directory, lock, write_json, written_hdf5
 from pipeline.teacher import load_with_digest
-from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
+from stages.cli import EXIT_CODES, WORK, done, errors_in_one_line, params_option, path_option, say
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @params_option
 @path_option("--prepared", "data/prepared", "Directory of the prepared splits.")
 @path_option("--teacher", "models/teacher.safetensors", "Weights of the teacher.")
@@ -31,8 +32,10 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
     Writes teacher.json, STUDENT-METHOD.json (one record per seed; fractions) and pairs.h5 with the similarities of
     each pair of perturbations, NaN where a pair was left out; evenly spread images give one.
 
+    \b
     Example: python -m stages.evaluate
     """
+    begin = time.perf_counter()
     params = load_params(params_path)
     test = read_prepared(prepared / "test.h5")
     model, teacher_digest = load_with_digest(teacher, test, "teacher")
@@ -47,8 +50,8 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
             raise DataError(f"{weights}: no such weights file; train it with: python -m stages.student --all")
     with lock(WORK / "evaluate.lock", say):
         with tqdm(total=len(runs), desc="evaluate", unit="student", disable=None, leave=False) as bar:
-            for done in evaluation.compare_all(list(runs.values())):
-                bar.update(done - bar.n)
+            for finished in evaluation.compare_all(list(runs.values())):
+                bar.update(finished - bar.n)
         comparisons = {run: evaluation.comparison(weights) for run, weights in runs.items()}
         common = common_pairs(comparisons.values())
         with atomic_directory(out, "*.json", "pairs.h5") as directory:
@@ -61,7 +64,8 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
             for name in names:
                 records = [{"seed": s} | figures_of(comparisons[name, s], common) for s in range(params.seeds)]
                 write_json(directory / f"{name}.json", {"seeds": records})
-    click.echo(f"wrote {out}: {len(runs)} students on {len(test.labels)} test images, {common.sum()} common pairs")
+    line = f"wrote {out}: {len(runs)} students on {len(test.labels)} test images, {common.sum()} common pairs"
+    done("evaluate", line, begin)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from pipeline.experiment import load_experiment, markdown_table
 from pipeline.experiment_figure import experiment_svg
 from pipeline.experiment_run import ExperimentRun, Materials
 from pipeline.storage import lock, write_atomically
-from stages.cli import PATH, WORK, errors_in_one_line, params_option, path_option, say
+from stages.cli import EXIT_CODES, PATH, WORK, errors_in_one_line, params_option, path_option, say
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @click.argument("experiment", type=PATH)
 @params_option
 @path_option("--prepared", "data/prepared", "Directory of the prepared splits.")
@@ -34,7 +34,7 @@ def main(experiment: Path, params_path: Path, prepared: Path, teacher: Path, out
 
     \b
     Example: python -m stages.experiment experiments/methods.yaml
-             dvc repro experiments/dvc.yaml:experiment@methods    # with the teacher, if it is not there
+             dvc repro experiments/dvc.yaml:experiment@methods
     """
     params, wanted = load_params(params_path), load_experiment(experiment)
     out = out or Path("reports/experiments") / experiment.stem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import click
@@ -11,23 +12,25 @@ from pipeline.data import SPLITS
 from pipeline.datasets import open_dataset
 from pipeline.preparation import prepare
 from pipeline.storage import atomic_directory, lock
-from stages.cli import WORK, errors_in_one_line, params_option, path_option, say
+from stages.cli import EXIT_CODES, NOTHING_WRITTEN, WORK, done, errors_in_one_line, params_option, path_option, say
 
 BAD_IMAGES_NAMED = 5
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @params_option
 @path_option("--out", "data/prepared", "Directory for the splits.")
 @click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be read, as with dataset.skip_bad.")
-@errors_in_one_line
+@errors_in_one_line(interrupted=NOTHING_WRITTEN)
 def main(params_path: Path, out: Path, skip_bad: bool) -> None:
     """Decode a dataset and split it into train, validation and test.
 
     Writes one HDF5 file per split: uint8 images (N, C, H, W), labels, class names, statistics of the training split.
 
+    \b
     Example: python -m stages.prepare
     """
+    begin = time.perf_counter()
     params = load_params(params_path)
     dataset = params.dataset.model_copy(update={"skip_bad": params.dataset.skip_bad or skip_bad})
     with (
@@ -43,10 +46,11 @@ def main(params_path: Path, out: Path, skip_bad: bool) -> None:
     channels, height, width = written.image_shape
     sizes = ", ".join(f"{name} {count:,}" for name, count in written.counts.items())
     skipped = f", {len(written.bad)} bad ones skipped" if written.bad else ""
-    click.echo(
+    line = (
         f"wrote {out}: {dataset.name}, {len(written.class_names)} classes, {height}x{width}, "
         f"{'gray' if channels == 1 else 'RGB'}, images: {sizes}{skipped}"
     )
+    done("prepare", line, begin)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pipeline.report.summary import (
     TeacherRecord,
     csv_text,
     curves_csv,
+    finding,
     markdown_table,
     read_result,
     seeds_csv,
@@ -32,13 +33,13 @@ from pipeline.shard_reader import BoundaryShards
 from pipeline.spread import margins_and_distances
 from pipeline.storage import write_atomically, write_json
 from pipeline.teacher import load_for, load_with_digest
-from stages.cli import WORK, errors_in_one_line, params_option, path_option
+from stages.cli import EXIT_CODES, NOTHING_WRITTEN, RUNS, WORK, errors_in_one_line, params_option, path_option
 
 PUBLISHED_VIEWS = Path("docs/results/views.json")
 BIN = ("from", "to", "samples")
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @params_option
 @path_option("--evaluation", "reports/evaluation", "Directory of the evaluation's results.")
 @path_option("--curves", "reports/students", "Directory of the students' learning curves.")
@@ -51,8 +52,8 @@ BIN = ("from", "to", "samples")
     "reports/experiments/views/results.json",
     "Results of the experiment `views`, if any.",
 )
-@path_option("--out", "reports", "Directory for the files below.")
-@errors_in_one_line
+@path_option("--out", "reports", "Directory for these files.")
+@errors_in_one_line(interrupted=NOTHING_WRITTEN)
 def main(
     params_path: Path,
     evaluation: Path,
@@ -70,6 +71,7 @@ def main(
     figure, fractions); and for `dvc plots show` seeds.csv (a row for each run), curves.csv, the histograms margins.csv
     and distances.csv, and plots.html, an offline page.
 
+    \b
     Example: python -m stages.report
     """
     params = load_params(params_path)
@@ -99,14 +101,16 @@ def main(
         histogram(distance),
         train,
         models,
-        read_records(WORK / "runs", ["prepare", "teacher", "attack", *map("-".join, names), "evaluate"]),
+        read_records(WORK / RUNS, ["prepare", "teacher", "attack", *map("-".join, names), "evaluate"]),
         choose_device(params.runtime),
     )
     with tqdm(
         total=maps_to_draw(models, dataset.manifest), desc="report", unit="map", disable=None, leave=False
     ) as bar:
         page = render(gather(inputs, bar.update))
-    table = markdown_table(params.dataset.name, teacher_record, records)
+    shown = {method: params.method[method] for method in params.methods}
+    sentences = "\n".join(finding(records, shown, params.dataset.name))
+    table = f"{markdown_table(params.dataset.name, teacher_record, records)}\n{sentences}\n"
     write_json(out / "summary.json", summarise(params.dataset.name, teacher_record, records))
     for name, content in {
         "table.md": table,

@@ -26,13 +26,13 @@ from pipeline.shard_sample import sample as sample_rows
 from pipeline.shard_store import adopt as adopt_shards
 from pipeline.spread import spread_of
 from pipeline.storage import Store, lock
-from stages.cli import EXIT_FAILED, PATH, WORK, errors_in_one_line, say
+from stages.cli import EXIT_CODES, EXIT_FAILED, NOTHING_WRITTEN, PATH, WORK, errors_in_one_line, say
 
 QUANTILES = (0.05, 0.5, 0.95)
 FORMATS = {"parquet": export_parquet}
 
 
-@click.group()
+@click.group(epilog=EXIT_CODES)
 def main() -> None:
     """Check, describe, adopt, merge, sample and export directories of shards with their manifest."""
 
@@ -56,14 +56,15 @@ def _card_of(params_path: Path | None) -> Card:
     return NOTHING_STATED if params_path is None else load_params(params_path).card
 
 
-@main.command()
+@main.command(short_help="Check every shard against the manifest.", epilog=EXIT_CODES)
 @click.argument("directory", metavar="DIRECTORY|URL")
-@errors_in_one_line
+@errors_in_one_line(interrupted=NOTHING_WRITTEN)
 def verify(directory: str) -> None:
     """Check every shard against the manifest: size, sha256, columns, values.
 
     Exits with 0 when all is whole, else with 1 and the names of what is wrong.
 
+    \b
     Example: python -m stages.shards verify data/bss
     """
     folder = folder_at(directory)
@@ -80,12 +81,13 @@ def verify(directory: str) -> None:
     )
 
 
-@main.command()
+@main.command(short_help="Describe a dataset.", epilog=EXIT_CODES)
 @click.argument("directory", metavar="DIRECTORY|URL")
-@errors_in_one_line
+@errors_in_one_line(interrupted=NOTHING_WRITTEN)
 def info(directory: str) -> None:
     """Describe a dataset: counts, statuses, quantiles of margin and distance, bytes.
 
+    \b
     Example: python -m stages.shards info data/bss
     """
     folder = folder_at(directory)
@@ -131,7 +133,7 @@ def _short_digests(text: str) -> str:
     return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1", text)
 
 
-@main.command()
+@main.command(short_help="Build on somebody's shards.", epilog=EXIT_CODES)
 @click.argument("directory", type=PATH)
 @errors_in_one_line
 def adopt(directory: Path) -> None:
@@ -139,6 +141,7 @@ def adopt(directory: Path) -> None:
 
     Whoever pulled 8 views can then raise attack.views to 16 and compute 8.
 
+    \b
     Example: python -m stages.shards adopt data/bss
     """
     manifest = read_manifest(directory)
@@ -152,11 +155,11 @@ def adopt(directory: Path) -> None:
     click.echo(f"adopted {directory}: {new} shards are new in the store, {manifest.totals.shards - new} were there")
 
 
-@main.command()
+@main.command(short_help="Put the views of several datasets together.", epilog=EXIT_CODES)
 @click.argument("directories", type=PATH, nargs=-1, required=True, metavar="DIRECTORY...")
 @click.option("--out", type=PATH, required=True, help="Directory for the merged dataset.")
 @card_option
-@errors_in_one_line
+@errors_in_one_line(interrupted=NOTHING_WRITTEN)
 def merge(directories: tuple[Path, ...], out: Path, params_path: Path | None) -> None:
     """Put the views of two or more datasets into one.
 
@@ -165,6 +168,7 @@ def merge(directories: tuple[Path, ...], out: Path, params_path: Path | None) ->
     croissant.json), and manifest.json, whose parameters list under `merged` where each view is from. A view that is
     there twice is taken once.
 
+    \b
     Example: python -m stages.shards merge data/bss from-ann --out data/merged
     """
     card = _card_of(params_path)
@@ -177,19 +181,20 @@ def merge(directories: tuple[Path, ...], out: Path, params_path: Path | None) ->
     )
 
 
-@main.command()
+@main.command(short_help="Draw rows at random, as a preview.", epilog=EXIT_CODES)
 @click.argument("directory", type=PATH)
 @click.option("-n", "rows", type=int, default=1000, show_default=True, help="Rows: a view of an image each.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
 @click.option("--out", type=PATH, required=True, help="Directory for the preview.")
 @card_option
-@errors_in_one_line
+@errors_in_one_line(interrupted=NOTHING_WRITTEN)
 def sample(directory: Path, rows: int, seed: int, out: Path, params_path: Path | None) -> None:
     """Draw rows at random, without replacement, as a preview.
 
     Writes a small dataset of one view, with all columns and `index` as they were: shards, their card (README.md and
     croissant.json), and manifest.json, whose parameters say under `sample` what it was drawn from.
 
+    \b
     Example: python -m stages.shards sample data/bss -n 1000 --out data/preview
     """
     card = _card_of(params_path)
@@ -201,11 +206,11 @@ def sample(directory: Path, rows: int, seed: int, out: Path, params_path: Path |
     )
 
 
-@main.command()
+@main.command(short_help="Write a dataset in another format.", epilog=EXIT_CODES)
 @click.argument("directory", type=PATH)
 @click.option("--to", type=click.Choice([*FORMATS]), default="parquet", show_default=True, help="Format.")
 @click.option("--out", type=PATH, required=True, help="Directory for the files.")
-@errors_in_one_line
+@errors_in_one_line(interrupted=NOTHING_WRITTEN)
 def export(directory: Path, to: str, out: Path) -> None:
     """Write a dataset in another format.
 
@@ -213,7 +218,8 @@ def export(directory: Path, to: str, out: Path) -> None:
     nested lists, whose shapes Hugging Face's `datasets` knows. Beside them, manifest.json as it is. Needs pyarrow:
     pip install '.[parquet]'.
 
-    Example: python -m stages.shards export data/bss --to parquet --out data/parquet
+    \b
+    Example: python -m stages.shards export data/bss --out data/parquet
     """
     with _lock_of(out):
         manifest = FORMATS[to](directory, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean
@@ -18,12 +19,12 @@ from pipeline.storage import Store, atomic_directory, check_replaceable, copy_fi
 from pipeline.student_run import InputPaths, StudentRun
 from pipeline.student_worker import Task, fit_on_workers
 from pipeline.training import curve_csv
-from stages.cli import WORK, errors_in_one_line, params_option, path_option, say, scheduler_option
+from stages.cli import EXIT_CODES, WORK, done, errors_in_one_line, params_option, path_option, say, scheduler_option
 
 PUBLISHED = "seed-*.safetensors"  # names in a student's folder
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @params_option
 @click.option("--student", help="Network to train, as resnet8w2.")
 @click.option("--method", help="Name of an entry of `method` in the parameters.")
@@ -87,12 +88,12 @@ def main(
                 for _ in fit_on_workers(client, params, paths, store, tasks, say):
                     bar.update()
         for run, seeds in zip(runs, unfinished, strict=True):
+            begin = time.perf_counter()
             figures = _fit_and_publish(run, out / run.name, reports / run.name)
             if processes.is_first:
                 reused = params.seeds - len(seeds)
-                click.echo(
-                    f"wrote {out / run.name}: {params.seeds} seeds ({len(seeds)} trained, {reused} reused){figures}"
-                )
+                counts = f"{params.seeds} seeds ({len(seeds)} trained, {reused} reused)"
+                done(run.name, f"wrote {out / run.name}: {counts}{figures}", begin)
 
 
 def _choose(params: Params, student: str | None, method: str | None, everything: bool) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,10 +17,20 @@ from pipeline.teacher import checked_accuracy, teacher_architecture
 from pipeline.teacher_run import train_teacher
 from pipeline.training import curve_csv
 from pipeline.weights import convert_state_dict, load_weights, save_weights
-from stages.cli import PATH, WORK, errors_in_one_line, params_option, path_option, say
+from stages.cli import (
+    EXIT_CODES,
+    NOTHING_WRITTEN,
+    PATH,
+    WORK,
+    done,
+    errors_in_one_line,
+    params_option,
+    path_option,
+    say,
+)
 
 
-@click.group(invoke_without_command=True)
+@click.group(invoke_without_command=True, epilog=EXIT_CODES)
 @click.pass_context
 @params_option
 @path_option("--prepared", "data/prepared", "Directory of the prepared splits.")
@@ -31,10 +42,12 @@ def main(context: click.Context, params_path: Path, prepared: Path, out: Path, r
 
     Writes weights (safetensors), metrics.json (accuracy on training and validation split, fractions) and curves.csv.
 
+    \b
     Example: python -m stages.teacher
     """
     if context.invoked_subcommand:
         return
+    begin = time.perf_counter()
     params = load_params(params_path)
     train, validation = read_prepared(prepared / "train.h5"), read_validation(prepared / "validation.h5")
     if params.teacher.weights:
@@ -58,16 +71,17 @@ def main(context: click.Context, params_path: Path, prepared: Path, out: Path, r
     write_json(reports / "metrics.json", metrics)
     write_atomically(reports / "curves.csv", curve_csv([({}, curve)]))
     figures = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in metrics.items())
-    click.echo(f"wrote {out}: {params.teacher.network}, {origin}, {figures}")
+    done("teacher", f"wrote {out}: {params.teacher.network}, {origin}, {figures}", begin)
 
 
-@main.command()
+@main.command(short_help="Turn a pickled state dict into safetensors.", epilog=EXIT_CODES)
 @click.argument("weights", type=PATH)
 @click.option("--out", type=PATH, help="File to write.  [default: beside WEIGHTS, as .safetensors]")
-@errors_in_one_line
+@errors_in_one_line(interrupted=NOTHING_WRITTEN)
 def convert(weights: Path, out: Path | None) -> None:
     """Turn a pickled state dict (.pt, .pth) into safetensors; nothing but tensors is loaded from it.
 
+    \b
     Example: python -m stages.teacher convert resnet26.pt
     """
     out = out or weights.parent / f"{weights.stem or 'weights'}.safetensors"

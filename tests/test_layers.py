@@ -37,8 +37,8 @@ LAYERS = (
         "prediction",
         "cluster",
         "experiment_figure",
+        "doctor",
         "report.decision_map",
-        "report.facts",
         "report.summary",
     },
     {
@@ -51,6 +51,7 @@ LAYERS = (
         "evaluation",
         "term",
         "report.charts",
+        "report.facts",
     },
     {
         "attack_run",

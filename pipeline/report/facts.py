@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.config import Params
+from pipeline.doctor import processor
 from pipeline.run_record import RunRecord
 from pipeline.shard_format import Manifest
 
@@ -49,7 +50,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _versions(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {processor()}"
     found: dict[str, Any] = {
         "device": name,
         "Python": platform.python_version(),

@@ -1,0 +1,199 @@
+"""Is this machine, this folder, this environment fit for a run? Each look gives lines; a problem says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from pipeline.config import Params, load_params
+from pipeline.data import read_prepared
+from pipeline.errors import PipelineError
+from pipeline.shard_format import columns_of
+
+NEEDED = ("torch", "torchvision", "h5py", "numpy", "pydantic", "safetensors", "lightning-fabric", "altair")
+OPTIONAL = {
+    "dvc": "for `dvc repro`; every stage also runs alone, as python -m stages.attack: pip install '.[dvc]'",
+    "distributed": "for --scheduler: pip install '.[dask]'",
+    "timm": "for networks timm.<name>: pip install '.[timm]'",
+    "fsspec": "for datasets behind a URL: pip install '.[remote]'",
+    "pyarrow": "for `shards export`: pip install '.[parquet]'",
+}
+COPIES = 3  # of the shards: in the store, in data/bss, in DVC's cache
+DVC_SECONDS = 60
+
+
+class Line(NamedTuple):
+    """What a look found."""
+
+    state: Literal["ok", "note", "problem"]
+    topic: str
+    text: str
+
+
+def examine(folder: Path, params_path: Path) -> Iterator[Line]:
+    """All lines, of what is quick to find out first.
+
+    Args:
+        folder: of the project.
+        params_path: the parameter file.
+    """
+    yield from _packages()
+    yield from _machine()
+    params = None
+    try:
+        params = load_params(params_path)
+        yield Line("ok", "parameters", f"{params_path}: {params.dataset.name}, teacher {params.teacher.network}")
+    except PipelineError as error:
+        yield Line("problem", "parameters", f"{error}")
+    if params is not None:
+        yield from _device(params)
+        yield from _dataset(params)
+        yield from disk(folder, params)
+    yield from _locks(folder)
+    yield from _dvc(folder)
+
+
+def _packages() -> Iterator[Line]:
+    yield Line("ok", "Python", platform.python_version())
+    for name in NEEDED:
+        try:
+            yield Line("ok", name, version(name))
+        except PackageNotFoundError:
+            yield Line("problem", name, "is not installed: pip install -c constraints.txt -e .")
+    for name, use in OPTIONAL.items():
+        try:
+            yield Line("ok", name, version(name))
+        except PackageNotFoundError:
+            yield Line("note", name, f"is not installed; it is {use}")
+
+
+def _machine() -> Iterator[Line]:
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    yield Line("ok", "machine", f"{processor()}, {cores} cores for this process, {memory:.0f} GB of memory")
+
+
+def processor() -> str:
+    """The name of the CPU, as the system has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _device(params: Params) -> Iterator[Line]:
+    if find_spec("torch") is None:
+        return
+    import torch  # imported here: slow
+
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(number)
+            yield Line("ok", f"GPU {number}", f"{about.name}, {about.total_memory / 1e9:.0f} GB")
+        if params.runtime.device == "cpu":
+            yield Line("note", "device", "runtime.device is 'cpu': the GPU is not used")
+    elif params.runtime.device == "cuda":
+        reason = "this torch has no CUDA" if torch.version.cuda is None else "torch finds no GPU or driver"
+        yield Line("problem", "device", f"runtime.device is 'cuda', but {reason}: set it to 'auto'")
+    else:
+        yield Line("note", "device", "no GPU: all runs on the CPU")
+    if params.runtime.devices > 1 and params.runtime.device != "cpu" and torch.cuda.is_available():
+        there = torch.cuda.device_count()
+        if there < params.runtime.devices:
+            yield Line("problem", "device", f"runtime.devices is {params.runtime.devices}, there are {there} GPUs")
+
+
+def _dataset(params: Params) -> Iterator[Line]:
+    name, path = params.dataset.name, Path(params.dataset.path)
+    if not path.exists():
+        advice = "set dataset.path" if name == "imagefolder" else f"mkdir -p {path}"
+        yield Line("problem", "dataset", f"dataset.path: {path} does not exist: {advice}")
+    elif name in ("digits", "spirals"):
+        yield Line("ok", "dataset", f"{name}, nothing to download")
+    elif name == "imagefolder":
+        yield Line("ok", "dataset", f"images of {path}")
+    else:
+        yield Line("ok", "dataset", f"{name}, from {path}, or downloaded to it")
+    if params.teacher.weights and not Path(params.teacher.weights).is_file():
+        yield Line("problem", "teacher", f"teacher.weights: {params.teacher.weights} does not exist")
+
+
+def disk(folder: Path, params: Params, free: int | None = None) -> Iterator[Line]:
+    """Whether the sample dataset fits on the disk of a folder.
+
+    Args:
+        folder: of the project.
+        params: what is asked for.
+        free: bytes; by default, what the system says.
+    """
+    free = shutil.disk_usage(folder).free if free is None else free
+    try:
+        train = read_prepared(folder / "data/prepared/train.h5")
+    except PipelineError:
+        yield Line("ok", "disk", f"{free / 1e9:,.1f} GB free; what is needed is known after: python -m stages.prepare")
+        return
+    columns = columns_of(train.image_shape, len(train.class_names), params.attack.targets, params.attack.embed_images)
+    row = sum(prod(column.shape) * np.dtype(column.dtype).itemsize for column in columns.values())
+    need = COPIES * row * len(train.labels) * params.attack.views
+    text = f"{free / 1e9:,.1f} GB free, {need / 1e9:,.2f} GB for {COPIES} copies of the samples"
+    if need > free:
+        text += ": free some, lower attack.views, or set attack.embed_images: false"
+    yield Line("problem" if need > free else "ok", "disk", text)
+
+
+def _locks(folder: Path) -> Iterator[Line]:
+    """Runs under way: owners of locks that are alive."""
+    for path in sorted((folder / ".work").glob("*.pid")):
+        owner = path.read_text().strip()
+        if owner.isdigit() and _holds(int(owner), path.with_suffix(".lock")):
+            yield Line("note", "lock", f"process {owner} is at work ({path.stem}): another run of it would wait")
+
+
+def _holds(process: int, lock: Path) -> bool:
+    """Whether a process has a file open."""
+    try:
+        entries = list(Path(f"/proc/{process}/fd").iterdir())
+    except OSError:
+        return False
+    return any(os.path.realpath(entry) == str(lock.resolve()) for entry in entries)
+
+
+def _dvc(folder: Path) -> Iterator[Line]:
+    """What `dvc status` says of the stages."""
+    program = Path(sys.executable).with_name("dvc")
+    command = str(program) if program.is_file() else shutil.which("dvc")
+    if command is None:
+        return
+    if not (folder / "dvc.yaml").is_file():
+        yield Line("problem", "DVC", f"{folder.resolve()} has no dvc.yaml: change to the project's folder")
+        return
+    if not (folder / ".dvc").is_dir():
+        yield Line("note", "DVC", "this folder is no DVC repository: git init && dvc init, or run stages alone")
+        return
+    try:
+        status = subprocess.run(
+            [command, "status", "--json", "dvc.yaml"], cwd=folder, capture_output=True, text=True, timeout=DVC_SECONDS
+        )
+        stages = list(json.loads(status.stdout))
+    except subprocess.TimeoutExpired:
+        yield Line("note", "DVC", f"`dvc status` takes more than {DVC_SECONDS} s")
+    except ValueError:
+        reason = (status.stderr.strip().splitlines() or ["no answer"])[0]
+        yield Line("problem", "DVC", f"`dvc status` fails: {reason}")
+    else:
+        changed = ", ".join(name.removeprefix("dvc.yaml:") for name in stages)
+        yield Line("note", "DVC", f"to run: {changed}: dvc repro") if stages else Line("ok", "DVC", "all is up to date")
