@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from pipeline.storage import write_json
 
@@ -28,6 +28,6 @@ def read_records(directory: Path, names: list[str]) -> dict[str, RunRecord]:
     for name in names:
         try:
             found[name] = RunRecord.model_validate_json((directory / f"{name}.json").read_text())
-        except (OSError, ValidationError):
+        except (OSError, ValueError):  # pydantic's errors are ValueErrors
             continue
     return found

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from pipeline.config import Params, load_params
 from pipeline.data import read_prepared
-from pipeline.errors import ShardError
+from pipeline.errors import DataError, ShardError
 from pipeline.experiment import Results, read_results
 from pipeline.models import Classifier
 from pipeline.report.charts import histogram
@@ -23,6 +23,7 @@ from pipeline.report.summary import (
     curves_csv,
     finding,
     markdown_table,
+    metrics,
     read_result,
     seeds_csv,
     summarise,
@@ -68,8 +69,8 @@ def main(
     """Show what came out of a run.
 
     Writes report.html (one file that opens offline), table.md and summary.json (mean, standard deviation and n of each
-    figure, fractions); and for `dvc plots show` seeds.csv (a row for each run), curves.csv, the histograms margins.csv
-    and distances.csv, and plots.html, an offline page.
+    figure, fractions); metrics.json, the means alone, for `dvc metrics`; and for `dvc plots show` seeds.csv (a row for
+    each run), curves.csv, the histograms margins.csv and distances.csv, and plots.html, an offline page.
 
     \b
     Example: python -m stages.report
@@ -111,7 +112,9 @@ def main(
     shown = {method: params.method[method] for method in params.methods}
     sentences = "\n".join(finding(records, shown, params.dataset.name))
     table = f"{markdown_table(params.dataset.name, teacher_record, records)}\n{sentences}\n"
-    write_json(out / "summary.json", summarise(params.dataset.name, teacher_record, records))
+    summary = summarise(params.dataset.name, teacher_record, records)
+    write_json(out / "summary.json", summary)
+    write_json(out / "metrics.json", metrics(summary))
     for name, content in {
         "table.md": table,
         "seeds.csv": seeds_csv(records),
@@ -130,6 +133,8 @@ def _views(path: Path, params: Params) -> tuple[Results, str] | None:
     for source in (path, PUBLISHED_VIEWS):
         if source.is_file():
             results = read_results(source)
+            if "views" not in results.cells[0].labels:
+                raise DataError(f"{source}: is of an experiment without the axis `views`: --views names another file")
             students = {cell.labels["student"] for cell in results.cells}
             if results.dataset == params.dataset.name and students & set(params.students):
                 return results, str(source)

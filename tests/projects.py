@@ -18,7 +18,7 @@ IDENTITY = {f"GIT_{role}_{what}": "test@example.org" for role in ("AUTHOR", "COM
 def new_project(directory, changes):
     """A git repository with the project's files and changed parameters."""
     directory.mkdir()
-    for name in ("pipeline", "stages", "experiments", "data", ".dvc"):
+    for name in ("pipeline", "stages", "experiments", "presets", "data", "docs/results", ".dvc"):
         ignore = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local", "prepared", "bss", "raw")
         shutil.copytree(ROOT / name, directory / name, ignore=ignore)
     (directory / "data/raw").mkdir()

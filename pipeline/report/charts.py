@@ -26,7 +26,7 @@ BINS = 40
 FADED = 0.08  # opacity of what a click on the legend does not select
 PAGE = "currentColor"
 CONFIG = {
-    "background": None,
+    "background": "transparent",
     "font": "system-ui, sans-serif",
     "view": {"stroke": None},
     "axis": {
@@ -92,7 +92,7 @@ def _by_method(rows: Rows, methods: Sequence[str], measure: str, title: str, num
             **shared,
         )
     )
-    return _finished(alt.layer(deviations, means, dots.add_params(_choice())))
+    return _finished(alt.layer(deviations.add_params(_choice()), means, dots))
 
 
 def _spread(rows: Rows, method: str, measure: str) -> dict[str, Any]:
@@ -124,11 +124,11 @@ def curves_chart(rows: Rows, methods: Sequence[str]) -> Spec:
     band = base.mark_area(line=False).encode(
         y=alt.Y("lowest:Q", title="validation accuracy"),
         y2="highest:Q",
-        opacity=alt.condition("chosen", alt.value(0.15), alt.value(0.02), empty=True),
+        opacity=alt.condition(_choice(), alt.value(0.15), alt.value(0.02), empty=True),
     )
     tips = ["method:N", "epoch:Q", *(alt.Tooltip(f"{name}:Q", format=".1%") for name in ("mean", "lowest", "highest"))]
     line = base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=16)).encode(y=y, opacity=_chosen(), tooltip=tips)
-    return _finished(alt.layer(band, line.add_params(_choice())))
+    return _finished(alt.layer(band.add_params(_choice()), line))
 
 
 def _over_seeds(rows: Rows) -> list[dict[str, Any]]:
@@ -162,7 +162,12 @@ def views_chart(results: Results, student: str) -> Spec:
         (lines if row["views"] is None else rows).append(row)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     base = _chart(rows).encode(
-        x=alt.X("views:Q", scale=alt.Scale(type="log", base=2), title="views of each image"),
+        x=alt.X(
+            "views:Q",
+            title="views of each image",
+            scale=alt.Scale(type="log", base=2, padding=12, nice=False),
+            axis=alt.Axis(values=sorted({row["views"] for row in rows})),
+        ),
         color=_colours(methods),
         opacity=_chosen(),
     )
@@ -175,7 +180,7 @@ def views_chart(results: Results, student: str) -> Spec:
         .mark_rule(strokeDash=[5, 4], strokeWidth=1.5)
         .encode(y="mean:Q", color=_colours(methods), opacity=_chosen(), tooltip=["method:N", tips[2]])
     )
-    return _finished(alt.layer(loop, errors, points.add_params(_choice())))
+    return _finished(alt.layer(loop.add_params(_choice()), errors, points))
 
 
 def histogram(values: NDArray[np.float64], limit: float = 0.0) -> list[dict[str, Any]]:
@@ -224,11 +229,11 @@ def _colours(methods: Iterable[str]) -> alt.Color:
 
 
 def _choice() -> alt.Parameter:
-    return alt.selection_point(name="chosen", fields=["method"], bind="legend")
+    return alt.selection_point(name="chosen", fields=["method"], bind="legend", toggle="true")
 
 
 def _chosen() -> Any:
-    return alt.condition("chosen", alt.value(1), alt.value(FADED), empty=True)
+    return alt.condition(_choice(), alt.value(1), alt.value(FADED), empty=True)
 
 
 def _finished(chart: Any) -> Spec:

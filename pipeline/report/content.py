@@ -24,6 +24,18 @@ from pipeline.run_record import RunRecord
 from pipeline.shard_reader import BoundaryShards
 
 EXAMPLES = 12  # in the gallery, at most
+CURVES_NOTE = (
+    "Validation split; lines are means over seeds, bands go from the lowest to the highest. The last epoch is what "
+    "counts."
+)
+NO_CURVES = "None: there is no validation split."
+GALLERY_NOTE = (
+    f"For each class, of the first {EXAMPLES} that have any, the sample of median distance among the first ones of "
+    "view 0: base class b, target class k, probability margin and L2 distance. The perturbation is drawn around "
+    "grey, so many times as large."
+)
+NONE_CONVERGED = "None: among the first samples of view 0 none converged."
+NO_MAPS = "None: no image has samples towards two classes."
 
 
 class Inputs(NamedTuple):
@@ -61,7 +73,7 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
                 for row in csv.DictReader(file)
                 if row.get("validation_accuracy")
             ]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error}); make it with: python -m stages.student --all") from None
 
 
@@ -76,6 +88,7 @@ def gather(inputs: Inputs, progress: Callable[[], Any]) -> Content:
     shown = {method: params.method[method] for method in params.methods}
     examples = typical_examples(inputs.shards, inputs.train, EXAMPLES)
     scenes = scenes_of(inputs.shards, inputs.train, next(iter(inputs.models.values())), examples)
+    maps = list(decision_maps(scenes, inputs.models, manifest.class_names, inputs.device, progress))
     return Content(
         title=f"Boundary distillation on {params.dataset.name}",
         compared=_compared(inputs),
@@ -86,14 +99,13 @@ def gather(inputs: Inputs, progress: Callable[[], Any]) -> Content:
             for student in params.students
         ],
         **_views(inputs),
-        curves=_curves(inputs),
+        **_curves(inputs),
         **_similarity(inputs),
         **_dataset(inputs),
         gallery=[_gallery_row(example, manifest.class_names) for example in examples],
-        gallery_note="For each class the sample of median distance among the first ones of view 0: base class b, "
-        "target class k, probability margin and L2 distance. The perturbation is drawn around grey, amplified as said.",
-        maps=list(decision_maps(scenes, inputs.models, manifest.class_names, inputs.device, progress)),
-        maps_note=maps_note(manifest),
+        gallery_note=GALLERY_NOTE if examples else NONE_CONVERGED,
+        maps=maps,
+        maps_note=maps_note(manifest) if maps else NO_MAPS,
         facts=facts_of(params, manifest, inputs.records, inputs.device),
     )
 
@@ -161,7 +173,7 @@ def _views(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _curves(inputs: Inputs) -> list[Chart]:
+def _curves(inputs: Inputs) -> dict[str, Any]:
     found = []
     for student in inputs.params.students:
         rows = [
@@ -172,7 +184,7 @@ def _curves(inputs: Inputs) -> list[Chart]:
         ]
         if rows:
             found.append(Chart(student, charts.curves_chart(rows, inputs.params.methods)))
-    return found
+    return {"curves": found, "curves_note": CURVES_NOTE if found else NO_CURVES}
 
 
 def _similarity(inputs: Inputs) -> dict[str, Any]:
@@ -211,10 +223,9 @@ def _dataset(inputs: Inputs) -> dict[str, Any]:
 
 
 def _gallery_row(example: Example, names: Sequence[str]) -> Row:
-    amplified = f"perturbation x {amplification(example):.1f}"
-    titles = ("image", "sample", amplified)
+    titles = ("image", "sample", "perturbation")
     return Row(
         f"b = {names[example.base]} \u2192 k = {names[example.target]}",
         [Picture(png, title) for png, title in zip(pictures(example), titles, strict=True)],
-        [f"margin {example.margin:.4f}, distance {example.distance:.2f}"],
+        [f"margin {example.margin:.4f}, distance {example.distance:.2f}, drawn x {amplification(example):.1f}"],
     )

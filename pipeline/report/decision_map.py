@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -52,22 +52,31 @@ class Plane(NamedTuple):
 
 
 def plane_through(image: Tensor, first: Tensor, second: Tensor) -> Plane:
-    """The plane through three points (C, H, W); if they lie on a line, through that line and an arbitrary direction."""
-    across = F.normalize((first - image).flatten().double(), dim=0)
-    arbitrary = torch.randn(across.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    up = next(
-        rest
-        for direction in ((second - image).flatten().double(), arbitrary)
-        if (rest := direction - direction.dot(across) * across).norm() > 1e-3 * direction.norm() > 0
-    )
-    up = F.normalize(up, dim=0)
-    shape = image.shape
-    plane = Plane(image, across.view(shape).float(), up.view(shape).float(), 0, 0, 0)
+    """The plane through three points (C, H, W); if they lie on a line, through that line and an arbitrary direction.
+
+    Points that are all the same are in the middle of a square of side 1.
+    """
+    arbitrary = torch.randn(2, image.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    offsets = torch.stack([first - image, second - image]).flatten(1).double()
+    across, up = (axis.view_as(image).float() for axis in _orthonormal([*offsets, *arbitrary])[:2])
+    plane = Plane(image, across, up, 0, 0, 0)
     places = plane.coordinates(torch.stack([image, first, second]))
     low, high = places.min(0), places.max(0)
-    side = float((high - low).max()) * (1 + 2 * MARGIN_AROUND)
+    side = float((high - low).max()) * (1 + 2 * MARGIN_AROUND) or 1.0
     left, bottom = ((low + high) / 2 - side / 2).tolist()
     return plane._replace(left=left, bottom=bottom, side=side)
+
+
+def _orthonormal(directions: Iterable[Tensor]) -> list[Tensor]:
+    """Axes of length 1 by Gram and Schmidt, without directions that the ones before nearly span."""
+    axes: list[Tensor] = []
+    for direction in directions:
+        rest = direction.clone()
+        for axis in axes:
+            rest -= rest.dot(axis) * axis
+        if rest.norm() > 1e-3 * direction.norm():
+            axes.append(F.normalize(rest, dim=0))
+    return axes
 
 
 def unit_square(shape: Sequence[int]) -> Plane:
@@ -103,11 +112,15 @@ def search_path(logits_of: LogitsFunction, image: Tensor, base: int, target: int
 
 
 def logits_on(model: torch.nn.Module, plane: Plane, device: torch.device) -> NDArray[np.float32]:
-    """(classes, side, side) logits on a plane: asked at some points, and interpolated (bicubic) between them."""
+    """(classes, side, side) logits at the middles of a picture's pixels: cubic splines through those at some points."""
+    from scipy.interpolate import make_interp_spline
+
     with torch.no_grad():
-        known = logits_in_batches(model.eval(), plane.points(POINTS).to(device), 256).float().cpu()
-    grid = known.T.reshape(1, -1, POINTS, POINTS)
-    return F.interpolate(grid, scale_factor=REFINEMENT, mode="bicubic", align_corners=True)[0].numpy()
+        known = logits_in_batches(model.eval(), plane.points(POINTS).to(device), 256).float().cpu().numpy()
+    side = POINTS * REFINEMENT
+    middles = (np.arange(side) + 0.5) / side * (POINTS - 1)
+    weights = make_interp_spline(np.arange(POINTS), np.eye(POINTS))(middles).astype(np.float32)
+    return np.asarray(weights @ known.T.reshape(-1, POINTS, POINTS) @ weights.T)
 
 
 def margin_on(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -149,7 +162,7 @@ def draw_map(
         for field in _boundaries(boundary):
             axes.contour(field, [0], linewidths=1.4, linestyles=style, **contours)
     for name, x, y in _names_in(regions, names, plane):
-        axes.text(x, y, name, ha="center", va="center", fontsize=9, color=INK, alpha=0.75)
+        axes.text(x, y, name, ha="center", va="center", fontsize=9, color=INK, alpha=0.75, parse_math=False)
     if teacher is None:
         _draw_paths(axes, scene, len(names))
     few = len(scene.images) == 1
@@ -188,7 +201,7 @@ def _names_in(regions: NDArray[np.int64], names: Sequence[str], plane: Plane) ->
             if inside.mean() >= SMALLEST_LABEL:
                 depth = distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
                 row, column = np.unravel_index(depth.argmax(), depth.shape)
-                yield names[number], plane.left + column * pixel, plane.bottom + row * pixel
+                yield names[number], plane.left + (column + 0.5) * pixel, plane.bottom + (row + 0.5) * pixel
 
 
 def _draw_paths(axes: Any, scene: Scene, classes: int) -> None:

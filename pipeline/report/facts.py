@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +34,7 @@ def facts_of(params: Params, manifest: Manifest, records: Mapping[str, RunRecord
             "teacher": manifest.digests.teacher,
             "training split": manifest.digests.train,
         },
-        "Students": {name: value for name, value in values.items() if not isinstance(value, dict)},
+        "Students": _flat({name: value for name, value in values.items() if not isinstance(value, dict)}),
     }
     facts |= {f"Parameters: {name}": _flat(value) for name, value in values.items() if isinstance(value, dict)}
     for method in params.methods:
@@ -42,10 +43,13 @@ def facts_of(params: Params, manifest: Manifest, records: Mapping[str, RunRecord
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested parameters by dotted name."""
+    """Nested parameters by dotted name, as they stand in the parameter file."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value if isinstance(value, str) else json.dumps(value)
     return found
 
 

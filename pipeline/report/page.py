@@ -45,6 +45,7 @@ class Content(NamedTuple):
     views: Sequence[Chart]
     views_note: str
     curves: Sequence[Chart]
+    curves_note: str
     similarity: Sequence[Chart]
     similarity_note: str
     dataset: Sequence[Chart]

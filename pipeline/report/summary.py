@@ -50,6 +50,7 @@ Curves = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
 """By (student, method), rows of seed, epoch and validation_accuracy; none without a validation split."""
 
 MEASURES = ("accuracy", "agreement", "teacher_divergence", "mag_sim", "ang_sim", "mag_sim_common", "ang_sim_common")
+SHOWN = {"accuracy": "accuracy", "MagSim": "mag_sim_common", "AngSim": "ang_sim_common"}
 TABLE = {
     "accuracy": ("Accuracy, %", 100),
     "agreement": ("Agreement with teacher, %", 100),
@@ -88,6 +89,17 @@ def summarise(dataset: str, teacher: TeacherRecord, students: Students) -> dict[
         figures = {measure: spread([getattr(record, measure) for record in records.seeds]) for measure in MEASURES}
         summary["students"].setdefault(student, {})[method] = figures
     return summary
+
+
+def metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The means alone, few and short enough for `dvc metrics` and `dvc exp show`: by student, method, measure."""
+    shown: dict[str, Any] = {"teacher": {"accuracy": round(summary["teacher"]["accuracy"], 4)}}
+    for student, methods in summary["students"].items():
+        for method, figures in methods.items():
+            means = {name: figures[measure]["mean"] for name, measure in SHOWN.items()}
+            known = {name: round(mean, 4) for name, mean in means.items() if mean is not None}
+            shown.setdefault(student, {})[method] = known
+    return shown
 
 
 def table_cells(students: Students) -> tuple[list[str], list[list[str]]]:
@@ -211,6 +223,10 @@ def _sentence(student: str, students: Students, shown: Mapping[str, Method], dat
     for reference in dict.fromkeys(verdict.reference for verdict in mine):
         stated = _stated(reference, students[student, reference])
         groups.append(f"beside {stated}: {_claims([each for each in mine if each.reference == reference], seeds)}")
+    spoken_of = {name for verdict in mine for name in (verdict.method, verdict.reference)}
+    alone = [_stated(method, students[student, method]) for method in shown if method not in spoken_of]
+    if alone:
+        groups.append(f"compared with none: {', '.join(alone)}")
     return f"{start}, {'; '.join(groups)}."
 
 
