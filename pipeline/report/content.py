@@ -87,7 +87,8 @@ def gather(inputs: Inputs, progress: Callable[[], Any]) -> Content:
     params, students, manifest = inputs.params, inputs.students, inputs.shards.manifest
     shown = {method: params.method[method] for method in params.methods}
     examples = typical_examples(inputs.shards, inputs.train, EXAMPLES)
-    scenes = scenes_of(inputs.shards, inputs.train, next(iter(inputs.models.values())), examples)
+    teacher = next(iter(inputs.models.values()))
+    scenes = list(scenes_of(inputs.shards, inputs.train, teacher, examples))  # before maps move the teacher to a device
     maps = list(decision_maps(scenes, inputs.models, manifest.class_names, inputs.device, progress))
     return Content(
         title=f"Boundary distillation on {params.dataset.name}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ def maps_to_draw(models: Mapping[str, Classifier], manifest: Manifest) -> int:
 
 
 def decision_maps(
-    scenes: Iterator[tuple[str, Scene]],
+    scenes: Iterable[tuple[str, Scene]],
     models: Mapping[str, Classifier],
     names: Sequence[str],
     device: torch.device,
