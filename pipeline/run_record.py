@@ -1,4 +1,4 @@
-"""How long each stage took when it last ran on this machine: kept beside the store, and part of no result."""
+"""How long each stage took when it last had work to do here: kept beside the store, and part of no result."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def main(
         f"{totals.samples} samples, {totals.statuses['converged'] / max(attacked, 1):.1%} of {attacked} searches "
         f"converged, {totals.bytes / 1e6:.1f} MB"
     )
-    done("attack", line, begin)
+    done("attack", line, begin, bool(missing))
 
 
 def _say_plan(plan: Plan, dataset: SampleDataset, out: Path, device: str, workers: int) -> None:

@@ -113,7 +113,8 @@ def say(message: str) -> None:
     click.echo(message, err=True)
 
 
-def done(name: str, line: str, begin: float) -> None:
-    """The last line of a stage: what it wrote; kept for the report, with the seconds since `begin`."""
-    record_run(WORK / RUNS, name, RunRecord(seconds=time.perf_counter() - begin, said=line))
+def done(name: str, line: str, begin: float, worked: bool = True) -> None:
+    """The last line of a stage: what it wrote; if it had work to do, kept for the report, with the seconds it took."""
+    if worked:
+        record_run(WORK / RUNS, name, RunRecord(seconds=time.perf_counter() - begin, said=line))
     click.echo(line)

@@ -50,7 +50,9 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
             raise DataError(f"{weights}: no such weights file; train it with: python -m stages.student --all")
     with lock(WORK / "evaluate.lock", say):
         with tqdm(total=len(runs), desc="evaluate", unit="student", disable=None, leave=False) as bar:
+            counts = []
             for finished in evaluation.compare_all(list(runs.values())):
+                counts.append(finished)
                 bar.update(finished - bar.n)
         comparisons = {run: evaluation.comparison(weights) for run, weights in runs.items()}
         common = common_pairs(comparisons.values())
@@ -65,7 +67,7 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
                 records = [{"seed": s} | figures_of(comparisons[name, s], common) for s in range(params.seeds)]
                 write_json(directory / f"{name}.json", {"seeds": records})
     line = f"wrote {out}: {len(runs)} students on {len(test.labels)} test images, {common.sum()} common pairs"
-    done("evaluate", line, begin)
+    done("evaluate", line, begin, len(counts) > 1)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def main(
             if processes.is_first:
                 reused = params.seeds - len(seeds)
                 counts = f"{params.seeds} seeds ({len(seeds)} trained, {reused} reused)"
-                done(run.name, f"wrote {out / run.name}: {counts}{figures}", begin)
+                done(run.name, f"wrote {out / run.name}: {counts}{figures}", begin, bool(seeds))
 
 
 def _choose(params: Params, student: str | None, method: str | None, everything: bool) -> list[tuple[str, str]]:

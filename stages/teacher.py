@@ -71,7 +71,7 @@ def main(context: click.Context, params_path: Path, prepared: Path, out: Path, r
     write_json(reports / "metrics.json", metrics)
     write_atomically(reports / "curves.csv", curve_csv([({}, curve)]))
     figures = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in metrics.items())
-    done("teacher", f"wrote {out}: {params.teacher.network}, {origin}, {figures}", begin)
+    done("teacher", f"wrote {out}: {params.teacher.network}, {origin}, {figures}", begin, origin != "finished before")
 
 
 @main.command(short_help="Turn a pickled state dict into safetensors.", epilog=EXIT_CODES)

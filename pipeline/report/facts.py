@@ -25,7 +25,7 @@ def facts_of(params: Params, manifest: Manifest, records: Mapping[str, RunRecord
     """What a run followed from, and what it took."""
     values = params.model_dump(mode="json", exclude={"runtime", "method", "card"})
     facts: Facts = {
-        "Stages, last time they ran on this machine": {
+        "Stages, last time they had work to do on this machine": {
             name: f"{record.seconds:.1f} s: {record.said}" for name, record in records.items()
         },
         "Machine and versions": _versions(device),
