@@ -67,6 +67,12 @@ def judge(logits: Tensor, base: Tensor, target: Tensor, tolerance: float) -> Ten
 
     Converged means tanh(|m| / 2) <= tolerance with the base and target class above all others; a tie with a third
     class counts as third class on top.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 1.01, 0.0], [1.0, 3.0, 0.0], [1.0, 1.0, 2.0]])
+        >>> base, target = torch.tensor([0, 0, 0]), torch.tensor([1, 1, 1])
+        >>> judge(logits, base, target, tolerance=0.02)  # converged, not on the boundary, a third class on top
+        tensor([0, 2, 3], dtype=torch.uint8)
     """
     pair = torch.stack([base, target], 1)
     lower = logits.gather(1, pair).amin(1)

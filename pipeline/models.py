@@ -58,6 +58,11 @@ def build(architecture: Architecture) -> Classifier:
 
     Raises:
         WeightsError: no network has that name, or it does not take images of that size.
+
+    Example:
+        >>> model = build(Architecture("resnet8w4", classes=10, image_shape=(1, 8, 8), mean=(0.3,), std=(0.4,)))
+        >>> model(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
     """
     name, classes = architecture.network, architecture.classes
     channels = architecture.image_shape[0]

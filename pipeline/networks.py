@@ -46,6 +46,10 @@ def resnet_size(name: str) -> tuple[int, int]:
 
     Raises:
         ValueError: it is no such name.
+
+    Example:
+        >>> resnet_size("resnet20"), resnet_size("resnet8w4")
+        ((20, 16), (8, 4))
     """
     match = RESNET_NAME.fullmatch(name)
     depth, width = (int(match[1]), int(match[2] or 16)) if match else (0, 0)

@@ -241,6 +241,14 @@ def newton(
 
     Raises:
         ValueError: the arguments do not fit each other.
+
+    Example:
+        >>> weight = torch.tensor([[4.0, 0.0], [-4.0, 0.0]])  # a boundary where the first pixel is 0.5
+        >>> image = torch.tensor([0.9, 0.4]).view(1, 1, 1, 2)
+        >>> logits_of = lambda x: x.flatten(1) @ weight.T + torch.tensor([-2.0, 2.0])
+        >>> found = newton(logits_of, image, base=torch.tensor([0]), target=torch.tensor([1]))
+        >>> found.status, found.perturbation.flatten(), found.distance
+        (tensor([0], dtype=torch.uint8), tensor([-0.4000,  0.0000]), tensor([0.4000]))
     """
     check_arguments(images, base, target)
     reference = reference or logits_of

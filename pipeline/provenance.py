@@ -17,7 +17,12 @@ WITHOUT_EFFECT = {f"pipeline.{name}" for name in ("config", "errors", "forks", "
 
 
 def fingerprint(*parts: Any) -> str:
-    """The sha256 of any JSON values (parameters, digests of inputs and of code), in hexadecimal."""
+    """The sha256 of any JSON values (parameters, digests of inputs and of code), in hexadecimal.
+
+    Example:
+        >>> fingerprint({"views": 8, "seed": 0}) == fingerprint({"seed": 0, "views": 8})
+        True
+    """
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 

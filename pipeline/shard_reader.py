@@ -154,5 +154,10 @@ def samples_of(images: Tensor, delta: Tensor, scale: Tensor) -> Tensor:
         images: (..., C, H, W) uint8 views.
         delta: (..., C, H, W) int8.
         scale: (...) float32.
+
+    Example:
+        >>> image, delta = torch.tensor([[[255, 0]]], dtype=torch.uint8), torch.tensor([[[-127, 64]]], dtype=torch.int8)
+        >>> samples_of(image, delta, torch.tensor(0.001))
+        tensor([[[0.8730, 0.0640]]])
     """
     return images.float() / 255 + delta.float() * scale[..., None, None, None]

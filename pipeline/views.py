@@ -51,7 +51,14 @@ def uniforms(seed: int, stream: Stream, view: int, start: int, rows: int, width:
 def draw_views(
     seed: int, view: int, start: int, rows: int, padding: int, flip: bool, stream: Stream = Stream.VIEWS
 ) -> ViewParameters:
-    """Draw crop offsets, uniform on 0 .. 2 * padding, and flips, with probability one half if `flip`."""
+    """Draw crop offsets, uniform on 0 .. 2 * padding, and flips, with probability one half if `flip`.
+
+    Example:
+        >>> draw_views(seed=0, view=0, start=0, rows=2, padding=1, flip=True).crop.tolist()
+        [[0, 0], [1, 0]]
+        >>> draw_views(seed=0, view=0, start=1, rows=1, padding=1, flip=True).crop.tolist()  # of row 1, asked for alone
+        [[1, 0]]
+    """
     numbers = uniforms(seed, stream, view, start, rows, 3)
     crop = np.floor(numbers[:, :2] * (2 * padding + 1)).astype(np.int16)
     return ViewParameters(crop, (flip & (numbers[:, 2] < 0.5)).astype(np.uint8))
@@ -68,6 +75,12 @@ def apply_views(images: Tensor, crop: Tensor, flip: Tensor, padding: int) -> Ten
 
     Returns:
         (N, C, H, W) of the same dtype.
+
+    Example:
+        >>> image = torch.tensor([[[[1, 2], [3, 4]]]])
+        >>> apply_views(image, crop=torch.tensor([[0, 2]]), flip=torch.tensor([0]), padding=1)
+        tensor([[[[0, 0],
+                  [2, 0]]]])
     """
     count, channels, height, width = images.shape
     device = images.device

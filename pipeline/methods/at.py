@@ -35,6 +35,11 @@ def attention_map(features: Tensor) -> Tensor:
 
     Returns:
         (N, H * W) with rows of Euclidean length 1, or 0 where nothing is active.
+
+    Example:
+        >>> import torch
+        >>> attention_map(torch.tensor([3.0, 4.0, 0.0, 0.0]).sqrt().view(1, 1, 2, 2))
+        tensor([[0.6000, 0.8000, 0.0000, 0.0000]])
     """
     return F.normalize(features.square().mean(1).flatten(1))
 

@@ -63,6 +63,12 @@ def select_base_samples(
         labels: (N,) int64.
         usable: (N,) bool, samples that have a boundary-supporting sample.
         count: M, at most N.
+
+    Example:
+        >>> student, teacher = torch.tensor([[2.0, 0], [1, 0], [0, 1]]), torch.tensor([[1.0, 0], [3, 0], [1, 0]])
+        >>> labels, usable = torch.tensor([0, 0, 0]), torch.tensor([True, True, True])
+        >>> select_base_samples(student, teacher, labels, usable, count=2).rows  # the student misclassifies row 2
+        tensor([1, 0])
     """
     student, teacher = F.softmax(student_logits, 1), F.softmax(teacher_logits, 1)
     difference = (student - teacher).square()
@@ -78,7 +84,12 @@ def mean_over_selected(losses: Tensor, weights: Tensor) -> Tensor:
 
 
 def boundary_weight(progress: float, start: float, zero_at: float) -> float:
-    """beta(e): from `start` down to 0 at the fraction `zero_at` of training, and 0 from there on."""
+    """beta(e): from `start` down to 0 at the fraction `zero_at` of training, and 0 from there on.
+
+    Example:
+        >>> boundary_weight(0.375, start=2.0, zero_at=0.75), boundary_weight(0.9, start=2.0, zero_at=0.75)
+        (1.0, 0.0)
+    """
     return max(0.0, start * (1 - progress / zero_at))
 
 

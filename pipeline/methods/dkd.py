@@ -38,6 +38,11 @@ def decoupled_divergence(
     Returns:
         (N,) the divergence of the label's class against all others (TCKD), and (N,) that of the other classes among
         themselves (NCKD), in nats, at least 0.
+
+    Example:
+        >>> student, teacher, labels = torch.zeros(1, 3), torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0])
+        >>> decoupled_divergence(student, teacher, labels, temperature=1.0)  # the other classes are equal in both
+        (tensor([0.4330]), tensor([0.]))
     """
     label = F.one_hot(labels, student_logits.shape[1]).bool()
     binary, others = [], []

@@ -44,5 +44,10 @@ def hint_loss(guided: Tensor, hint: Tensor) -> Tensor:
 
     Returns:
         Scalar, at least 0.
+
+    Example:
+        >>> import torch
+        >>> hint_loss(torch.ones(1, 2, 2, 2), torch.zeros(1, 2, 2, 2))
+        tensor(0.5000)
     """
     return F.mse_loss(guided, hint) / 2

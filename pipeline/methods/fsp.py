@@ -47,6 +47,10 @@ def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
 
     Returns:
         (N, C1, C2).
+
+    Example:
+        >>> fsp_matrix(torch.ones(1, 1, 4, 4), torch.full((1, 1, 2, 2), 2.0))
+        tensor([[[2.]]])
     """
     height, width = (min(first.shape[axis], second.shape[axis]) for axis in (2, 3))
     first, second = (F.adaptive_max_pool2d(maps, (height, width)) for maps in (first, second))

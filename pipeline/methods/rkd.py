@@ -58,6 +58,11 @@ def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Returns:
         Scalar, at least 0; angles at a sample between the directions to two others.
+
+    Example:
+        >>> corner, line = torch.tensor([[0.0, 0], [1, 0], [0, 1]]), torch.tensor([[0.0, 0], [1, 0], [2, 0]])
+        >>> angle_loss(corner, 2 * corner), angle_loss(corner, line)
+        (tensor(0.), tensor(0.1296))
     """
     return F.smooth_l1_loss(_cosines(student), _cosines(teacher))
 
