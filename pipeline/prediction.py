@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,11 +14,16 @@ from pipeline.data import Prepared
 PREDICTION_PIXELS = 256 * 32 * 32  # of a batch: larger ones make a CPU ask for fresh memory in every layer
 
 
+def rows_of_a_batch(image_shape: Sequence[int]) -> int:
+    """How many images (C, H, W) make a batch, on any device."""
+    return min(1024, max(1, PREDICTION_PIXELS // (image_shape[1] * image_shape[2])))
+
+
 @torch.no_grad()
 def predict(model: nn.Module, images: NDArray[np.uint8], device: torch.device) -> Tensor:
     """Logits (N, classes) on the device, of uint8 images (N, C, H, W), with the model in evaluation mode."""
     model.eval()
-    rows = min(1024, max(1, PREDICTION_PIXELS // (images.shape[2] * images.shape[3])))
+    rows = rows_of_a_batch(images.shape[1:])
     return torch.cat([model(batch.to(device).float() / 255) for batch in torch.split(torch.from_numpy(images), rows)])
 
 

@@ -38,7 +38,6 @@ LAYERS = (
         "cluster",
         "experiment_figure",
         "doctor",
-        "report.decision_map",
         "report.summary",
     },
     {
@@ -51,6 +50,7 @@ LAYERS = (
         "evaluation",
         "term",
         "report.charts",
+        "report.decision_map",
         "report.facts",
     },
     {

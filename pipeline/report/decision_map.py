@@ -14,8 +14,11 @@ from torch.nn import functional as F
 
 from pipeline.boundary import LogitsFunction, logits_in_batches
 from pipeline.newton import newton
+from pipeline.prediction import rows_of_a_batch
 
-POINTS, REFINEMENT = 61, 6  # along each side: where networks are asked, and pixels between two of them
+SIDE = 366  # pixels of a map
+POINTS, FEWER_POINTS = 61, 31  # along each side, where networks are asked; fewer for images of more values than that
+LARGE_IMAGE = 3 * 64 * 64
 MARGIN_AROUND = 0.6  # of the distance between the points that a plane was laid through
 LEVELS = (1, 2, 4, 8)  # logit margins that are drawn as contours
 SMALLEST_LABEL = 0.015  # of the map, for a region's class to be written into it
@@ -115,12 +118,13 @@ def logits_on(model: torch.nn.Module, plane: Plane, device: torch.device) -> NDA
     """(classes, side, side) logits at the middles of a picture's pixels: cubic splines through those at some points."""
     from scipy.interpolate import make_interp_spline
 
+    count = POINTS if plane.origin.numel() <= LARGE_IMAGE else FEWER_POINTS
+    rows = rows_of_a_batch(plane.origin.shape)
     with torch.no_grad():
-        known = logits_in_batches(model.eval(), plane.points(POINTS).to(device), 256).float().cpu().numpy()
-    side = POINTS * REFINEMENT
-    middles = (np.arange(side) + 0.5) / side * (POINTS - 1)
-    weights = make_interp_spline(np.arange(POINTS), np.eye(POINTS))(middles).astype(np.float32)
-    return np.asarray(weights @ known.T.reshape(-1, POINTS, POINTS) @ weights.T)
+        known = logits_in_batches(model.eval(), plane.points(count).to(device), rows).float().cpu().numpy()
+    middles = (np.arange(SIDE) + 0.5) / SIDE * (count - 1)
+    weights = make_interp_spline(np.arange(count), np.eye(count))(middles).astype(np.float32)
+    return np.asarray(weights @ known.T.reshape(-1, count, count) @ weights.T)
 
 
 def margin_on(logits: NDArray[np.float32]) -> NDArray[np.float32]:
