@@ -26,10 +26,10 @@ repro: .venv/.installed
 	dvc repro
 
 experiment-%: .venv/.installed
-	dvc repro experiments/dvc.yaml:experiment@$*
+	dvc repro teacher
+	python -m stages.experiment experiments/$*.yaml
 
-experiments: .venv/.installed
-	dvc repro $(foreach name,$(EXPERIMENTS),experiments/dvc.yaml:experiment@$(name))
+experiments: $(EXPERIMENTS:%=experiment-%)
 
 test: lint
 	python -m pytest
@@ -43,6 +43,7 @@ bench: .venv/.installed
 lint: .venv/.installed
 	ruff check .
 	ruff format --check .
+	lint-imports --no-cache
 	mypy
 
 style: .venv/.installed

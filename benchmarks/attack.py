@@ -25,12 +25,13 @@ from benchmarks.measuring import (
     seconds_of,
     table,
 )
-from pipeline.attack import Block, Search
-from pipeline.boundary import judge, margin_of, probability_margin
-from pipeline.models import folded, halved
-from pipeline.newton import newton
-from pipeline.runtime import keep_freed_memory, search_batch
-from pipeline.status import Status
+from pipeline.attack.columns import Block
+from pipeline.machine.device import keep_freed_memory, search_batch
+from pipeline.networks.fast import folded, halved
+from pipeline.search.boundary import judge, margin_of, probability_margin
+from pipeline.search.newton import newton
+from pipeline.core.status import Status
+from pipeline.search.teacher_search import Search
 
 TOLERANCE = 0.02
 TARGETS = (1, 2, 4)

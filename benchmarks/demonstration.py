@@ -20,13 +20,13 @@ from typing import Any
 import click
 import torch
 
-from pipeline.config import load_params
-from pipeline.data import read_prepared
-from pipeline.provenance import ROOT
+from pipeline.core.parameters import load_params
+from pipeline.core.provenance import ROOT
+from pipeline.images.prepared import read_prepared
+from pipeline.networks.weights import load_weights
 from pipeline.report.decision_map import DOTS_PER_INCH, agreement_on, draw_map, logits_on, png_of
 from pipeline.report.scenes import planar_scene
-from pipeline.shard_reader import BoundaryShards
-from pipeline.weights import load_weights
+from pipeline.shards.reader import BoundaryShards
 
 STAGES = (
     ("configure", str(ROOT / "presets/spirals.yaml")),

@@ -9,9 +9,9 @@ import click
 import torch
 
 from benchmarks.measuring import machine
-from pipeline.experiment import markdown_table, read_results
-from pipeline.provenance import ROOT
-from pipeline.storage import write_atomically
+from pipeline.core.files import write_atomically
+from pipeline.core.provenance import ROOT
+from pipeline.experiment.results import markdown_table, read_results
 from stages.cli import errors_in_one_line, path_option
 
 DOCUMENT, RESULTS, FIGURES = ROOT / "docs/RESULTS.md", ROOT / "docs/results", ROOT / "docs/figures"

@@ -27,14 +27,15 @@ from benchmarks.measuring import (
     table,
 )
 from benchmarks.students import epochs_of_sources
-from pipeline.attack import Search
-from pipeline.attack_run import SampleDataset
-from pipeline.boundary import logits_in_batches, margin_of
-from pipeline.models import folded, halved
-from pipeline.runtime import choose_device
-from pipeline.shard_reader import BoundaryShards, samples_of
-from pipeline.status import Status
-from pipeline.storage import Store, file_digest
+from pipeline.attack.dataset import SampleDataset
+from pipeline.core.files import file_digest
+from pipeline.core.store import Store
+from pipeline.machine.device import set_up_device
+from pipeline.networks.fast import folded, halved
+from pipeline.search.boundary import logits_in_batches, margin_of
+from pipeline.core.status import Status
+from pipeline.search.teacher_search import Search
+from pipeline.shards.reader import BoundaryShards, samples_of
 
 SEARCH_BATCHES = (512, 1024, 2048, 4096, 8192)
 PLAIN_ROWS = 4096  # searches of the plain loop, which takes batches of 64
@@ -54,7 +55,7 @@ def main(device: str, images: int, runs: int) -> None:
     """
     begin = time.perf_counter()
     params = benchmark_params(device)
-    place = choose_device(params.runtime)
+    place = set_up_device(params.runtime)
     records = _searches(images, runs, place)
     with tempfile.TemporaryDirectory() as folder:
         records += _stored(images, place, Path(folder))

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.attack import draw_targets
-from pipeline.boundary import logits_in_batches
-from pipeline.config import Params, load_params
-from pipeline.data import Prepared, content_digest, read_prepared
-from pipeline.datasets import open_dataset
-from pipeline.models import Architecture, Classifier, placed
-from pipeline.preparation import prepare
-from pipeline.provenance import ROOT
-from pipeline.storage import write_atomically
-from pipeline.weights import load_weights
+from pipeline.core.files import write_atomically
+from pipeline.core.parameters import Params, load_params
+from pipeline.core.provenance import ROOT
+from pipeline.images.prepared import Prepared, content_digest, read_prepared
+from pipeline.networks.classifier import Architecture, Classifier, placed
+from pipeline.networks.weights import load_weights
+from pipeline.prepare.datasets import open_dataset
+from pipeline.prepare.decode import prepare
+from pipeline.search.boundary import logits_in_batches
+from pipeline.search.targets import draw_targets
 
 DATA = ROOT / os.environ.get("BOUNDARY_DATA", "../shared/data")
 ARCHIVE, WEIGHTS = DATA / "cifar10-jpeg.tar.gz", DATA / "heo2019-resnet26-cifar10.safetensors"

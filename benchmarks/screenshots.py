@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.provenance import ROOT
+from pipeline.core.provenance import ROOT
 
 PARTS = {"gallery": "#gallery .gallery", "maps": "#maps .row"}
 

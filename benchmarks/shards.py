@@ -22,17 +22,19 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks.measuring import WEIGHTS, Spread, first_images, publish, real_teacher, real_train, seconds_of, table
-from pipeline.attack import Block, Search
-from pipeline.attack_run import SampleDataset
-from pipeline.config import load_params
-from pipeline.data import Prepared, read_prepared, write_prepared
-from pipeline.forks import run_in_forks
-from pipeline.presets import configure
-from pipeline.provenance import ROOT
-from pipeline.runtime import keep_freed_memory, search_batch, side_by_side
-from pipeline.shard_reader import BoundaryShards
-from pipeline.storage import Store, file_digest
-from pipeline.weights import save_weights
+from pipeline.attack.columns import Block
+from pipeline.attack.dataset import SampleDataset
+from pipeline.configure import configure
+from pipeline.core.files import file_digest
+from pipeline.core.parameters import load_params
+from pipeline.core.provenance import ROOT
+from pipeline.core.store import Store
+from pipeline.images.prepared import Prepared, read_prepared, write_prepared
+from pipeline.machine.device import keep_freed_memory, search_batch, side_by_side
+from pipeline.machine.forks import run_in_forks
+from pipeline.networks.weights import save_weights
+from pipeline.search.teacher_search import Search
+from pipeline.shards.reader import BoundaryShards
 
 CPU = torch.device("cpu")
 SHARDS, ROWS = 32, 1024

@@ -27,23 +27,24 @@ from benchmarks.measuring import (
     seconds_of,
     table,
 )
-from pipeline.attack import Search
-from pipeline.attack_run import SampleDataset
-from pipeline.batches import Batch, FreshSource, Source
-from pipeline.boundary import SearchResult, logits_in_batches, margin_of
-from pipeline.config import Params
-from pipeline.methods.table import TERMS
-from pipeline.models import build
-from pipeline.objective import Moment, Objective
-from pipeline.online_source import OnlineSource
-from pipeline.projection import as_ray, row_sum
-from pipeline.runtime import make_fabric, search_batch, side_by_side
-from pipeline.shard_reader import BoundaryShards
-from pipeline.shard_source import ShardSource
-from pipeline.status import Status, usable
-from pipeline.storage import Store, file_digest
-from pipeline.teacher import architecture_for
-from pipeline.training import _Run
+from pipeline.attack.dataset import SampleDataset
+from pipeline.core.files import file_digest
+from pipeline.core.parameters import Params
+from pipeline.core.store import Store
+from pipeline.losses.table import TERMS
+from pipeline.machine.device import search_batch, side_by_side
+from pipeline.machine.processes import make_fabric
+from pipeline.networks.classifier import architecture_for, build
+from pipeline.search.boundary import SearchResult, logits_in_batches, margin_of
+from pipeline.search.geometry import as_ray, row_sum
+from pipeline.core.status import Status, usable
+from pipeline.search.teacher_search import Search
+from pipeline.shards.reader import BoundaryShards
+from pipeline.student.online_source import OnlineSource
+from pipeline.student.shard_source import ShardSource
+from pipeline.training.batches import Batch, FreshSource, Source
+from pipeline.training.fit import _Run
+from pipeline.training.objective import Moment, Objective
 
 EPOCHS, WITH_BOUNDARY = 80, 60  # of the paper's schedule; in the others the boundary loss is off
 PAPER_VIEWS = 8

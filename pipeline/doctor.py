@@ -17,10 +17,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pipeline.config import Params, load_params
-from pipeline.data import read_prepared
-from pipeline.errors import PipelineError
-from pipeline.shard_format import columns_of
+from pipeline.core.errors import PipelineError
+from pipeline.core.parameters import Params, load_params
+from pipeline.images.prepared import read_prepared
+from pipeline.machine.device import processor
+from pipeline.shards.format import columns_of
 
 NEEDED = ("torch", "torchvision", "h5py", "numpy", "pydantic", "safetensors", "lightning-fabric", "altair")
 OPTIONAL = {
@@ -83,16 +84,6 @@ def _machine() -> Iterator[Line]:
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     yield Line("ok", "machine", f"{processor()}, {cores} cores for this process, {memory:.0f} GB of memory")
-
-
-def processor() -> str:
-    """The name of the CPU, as the system has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _device(params: Params) -> Iterator[Line]:

@@ -1,28 +1,54 @@
-"""Is a network fit for its data: does it match, and is it better than chance?"""
+"""Training the teacher, and its fingerprint."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
 
-import numpy as np
-import torch
+from pipeline.core.errors import WeightsError
+from pipeline.core.extensions import own_modules
+from pipeline.core.parameters import Params, Teacher
+from pipeline.core.provenance import code_digest, fingerprint
+from pipeline.core.store import Store
+from pipeline.images.prepared import Prepared
+from pipeline.machine.processes import Processes
+from pipeline.networks.classifier import Architecture, architecture_for
+from pipeline.networks.weights import read_architecture
+from pipeline.training.batches import FreshSource
+from pipeline.training.fit import Fit, FitTask, fit, processes_of
+from pipeline.training.objective import Objective
 
-from pipeline.config import Teacher
-from pipeline.data import Prepared
-from pipeline.errors import WeightsError
-from pipeline.models import Architecture, Classifier, placed
-from pipeline.prediction import accuracy
-from pipeline.storage import file_digest
-from pipeline.weights import load_weights, read_architecture
 
-MARGIN_OVER_CHANCE = 0.05  # of the way from chance to 1: below, there is no boundary worth supporting
-CLASSES_NAMED = 10  # in messages
+def train_teacher(
+    params: Params, train: Prepared, validation: Prepared | None, processes: Processes, store: Store
+) -> Fit:
+    """Train the teacher, or find the finished run; the validation split serves the curve only."""
+    teacher, views = params.teacher, params.views
+    architecture = teacher_architecture(teacher, train)
+    key = fingerprint(
+        architecture._asdict(),
+        teacher.model_dump(exclude={"weights"}),
+        views.model_dump(),
+        [train.digest, validation.digest if validation is not None else None],
+        code_digest("pipeline.teacher", *own_modules(teacher.network)),
+        *processes_of(processes),
+    )
 
+    def source() -> FreshSource:
+        batch_size = teacher.training.batch_size
+        return FreshSource(train, views, teacher.seed, batch_size, processes.device)
 
-def architecture_for(network: str, data: Prepared) -> Architecture:
-    """The architecture of a named network for a dataset."""
-    return Architecture(network, len(data.class_names), data.image_shape, data.mean, data.std)
+    task = FitTask(
+        key=key,
+        architecture=architecture,
+        source=source,
+        objective=Objective,
+        training=teacher.training,
+        seed=teacher.seed,
+        validation=validation,
+        description="teacher",
+    )
+    return fit(task, processes, store)
 
 
 def teacher_architecture(teacher: Teacher, data: Prepared) -> Architecture:
@@ -46,50 +72,3 @@ def teacher_architecture(teacher: Teacher, data: Prepared) -> Architecture:
             "teacher.mean and teacher.std, or dataset.channels"
         )
     return architecture
-
-
-def load_for(path: Path, data: Prepared, role: str) -> Classifier:
-    """Read a teacher or student (`role`, for messages) and check that it takes these images and knows these classes.
-
-    Raises:
-        WeightsError: the file is unusable, or the network is one for other data.
-    """
-    model = load_weights(path)
-    architecture, classes = model.architecture, len(data.class_names)
-    if architecture.classes != classes or architecture.image_shape != data.image_shape:
-        raise WeightsError(
-            f"{path}: a {role} for images {architecture.image_shape} of {architecture.classes} classes, "
-            f"the prepared data has {data.image_shape} and {classes}"
-        )
-    return model
-
-
-def load_with_digest(path: Path, data: Prepared, role: str) -> tuple[Classifier, str]:
-    """As `load_for`, and the sha256 of the file.
-
-    Raises:
-        WeightsError: as `load_for`; or the file was replaced meanwhile.
-    """
-    digest = file_digest(path) if path.is_file() else ""
-    model = load_for(path, data, role)
-    if file_digest(path) != digest:
-        raise WeightsError(f"{path}: was replaced while it was read: run again")
-    return model, digest
-
-
-def checked_accuracy(teacher: Classifier, data: Prepared, device: torch.device) -> float:
-    """The teacher's accuracy on a split, refused when it is near chance.
-
-    Raises:
-        WeightsError: it is hardly better than to name the largest class for every image.
-    """
-    value = accuracy(placed(teacher, device), data, device)
-    chance = float(np.bincount(data.labels).max() / len(data.labels))
-    if value < chance + MARGIN_OVER_CHANCE * (1 - chance):
-        raise WeightsError(
-            f"the teacher classifies {value:.1%} of the images correctly, chance is {chance:.1%}: train it longer, or "
-            "check its normalisation and that its classes are in the order of the prepared data: "
-            + ", ".join(data.class_names[:CLASSES_NAMED])
-            + (", ..." if len(data.class_names) > CLASSES_NAMED else "")
-        )
-    return value

@@ -10,18 +10,19 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from pipeline.attack import Search
-from pipeline.attack_plan import Plan, plan
-from pipeline.attack_run import SampleDataset
-from pipeline.attack_worker import make_on_workers
-from pipeline.card import BESIDE, PUBLISHED
-from pipeline.cluster import connected
-from pipeline.config import load_params
-from pipeline.data import read_prepared
-from pipeline.errors import ParameterError
-from pipeline.runtime import choose_device, search_batch, side_by_side
-from pipeline.storage import Store, check_replaceable, lock
-from pipeline.teacher import checked_accuracy, load_with_digest
+from pipeline.attack.dataset import SampleDataset
+from pipeline.attack.plan import Plan, plan_attack
+from pipeline.attack.worker import make_on_workers
+from pipeline.core.errors import ParameterError
+from pipeline.core.files import check_replaceable
+from pipeline.core.parameters import load_params
+from pipeline.core.store import Store, lock
+from pipeline.images.prepared import read_prepared
+from pipeline.machine.cluster import connected
+from pipeline.machine.device import search_batch, set_up_device, side_by_side
+from pipeline.networks.loading import checked_accuracy, load_with_digest
+from pipeline.publish.card import BESIDE, PUBLISHED
+from pipeline.search.table import search_of
 from stages.cli import EXIT_CODES, WORK, done, errors_in_one_line, params_option, path_option, say, scheduler_option
 
 TEACHER_CHECK = 512  # images on which the teacher is checked first
@@ -54,18 +55,18 @@ def main(
     begin = time.perf_counter()
     params = load_params(params_path)
     train = read_prepared(prepared / "train.h5")
-    model, digest = load_with_digest(teacher, train, "teacher")
-    device = choose_device(params.runtime)
-    dataset = SampleDataset(train, params.dataset, params.attack, digest, Store(WORK / "shards"))
+    loaded = load_with_digest(teacher, train, "teacher")
+    device = set_up_device(params.runtime)
+    dataset = SampleDataset.of(train, params, loaded, Store(WORK / "shards"))
     check_replaceable(out, *PUBLISHED, beside=BESIDE)
     workers = side_by_side(params.runtime, device)
     with lock(WORK / "shards.lock", say), ExitStack() as stack:
         missing = dataset.missing()
         if missing or only_plan:
-            checked_accuracy(model, train.thinned(TEACHER_CHECK), device)
-            search = Search(model, params.attack, params.dataset, device, search_batch(params.runtime, device))
+            checked_accuracy(loaded.model, train.thinned(TEACHER_CHECK), device)
+            search = search_of(loaded.model, params.search, search_batch(params.runtime, device), device)
         if only_plan:
-            _say_plan(plan(dataset, search), dataset, out, device.type, workers)
+            _say_plan(plan_attack(dataset, search), dataset, out, device.type, workers)
             return
         if missing:
             if scheduler is not None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from pipeline.errors import ParameterError, PipelineError
-from pipeline.run_record import RunRecord, record_run
+from pipeline.core.errors import ParameterError, PipelineError
+from pipeline.core.timings import RunRecord, record_run
 
 WORK = Path(".work")  # the private store: ignored by git and DVC
 RUNS = "runs"  # in it: how long stages took

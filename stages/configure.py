@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from pipeline.config import load_params
-from pipeline.presets import configure
+from pipeline.configure import configure
+from pipeline.core.parameters import load_params
 from stages.cli import EXIT_CODES, NOTHING_WRITTEN, errors_in_one_line, params_option, say
 
 

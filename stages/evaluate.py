@@ -8,14 +8,16 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from pipeline.config import load_params
-from pipeline.data import read_prepared
-from pipeline.errors import DataError
-from pipeline.evaluation import common_pairs, figures_of
-from pipeline.evaluation_run import Evaluation
-from pipeline.runtime import choose_device
-from pipeline.storage import Store, atomic_directory, lock, write_json, written_hdf5
-from pipeline.teacher import load_with_digest
+from pipeline.core.errors import DataError
+from pipeline.core.files import atomic_directory, write_json
+from pipeline.core.hdf5 import written_hdf5
+from pipeline.core.parameters import load_params
+from pipeline.core.store import Store, lock
+from pipeline.evaluate.compare import common_pairs, figures_of
+from pipeline.evaluate.run import Evaluation
+from pipeline.images.prepared import read_prepared
+from pipeline.machine.device import set_up_device
+from pipeline.networks.loading import load_with_digest
 from stages.cli import EXIT_CODES, WORK, done, errors_in_one_line, params_option, path_option, say
 
 
@@ -38,9 +40,14 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
     begin = time.perf_counter()
     params = load_params(params_path)
     test = read_prepared(prepared / "test.h5")
-    model, teacher_digest = load_with_digest(teacher, test, "teacher")
-    device = choose_device(params.runtime)
-    evaluation = Evaluation(model, teacher_digest, test, params, device, Store(WORK / "comparisons"))
+    evaluation = Evaluation(
+        teacher=load_with_digest(teacher, test, "teacher"),
+        test=test,
+        images=params.evaluation.similarity_images,
+        runtime=params.runtime,
+        device=set_up_device(params.runtime),
+        store=Store(WORK / "comparisons"),
+    )
     names = [f"{student}-{method}" for student in params.students for method in params.methods]
     runs = {
         (name, seed): students / name / f"seed-{seed}.safetensors" for name in names for seed in range(params.seeds)

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import click
 
-from pipeline.config import load_params
-from pipeline.data import read_prepared, read_validation
-from pipeline.errors import ParameterError
-from pipeline.experiment import load_experiment, markdown_table
-from pipeline.experiment_figure import experiment_svg
-from pipeline.experiment_run import ExperimentRun, Materials
-from pipeline.storage import lock, write_atomically
+from pipeline.core.errors import ParameterError
+from pipeline.core.files import write_atomically
+from pipeline.core.parameters import load_params
+from pipeline.core.store import lock
+from pipeline.experiment.figure import experiment_svg
+from pipeline.experiment.results import markdown_table
+from pipeline.experiment.run import ExperimentRun, Materials
+from pipeline.experiment.spec import load_experiment
+from pipeline.images.prepared import read_prepared, read_validation
 from stages.cli import EXIT_CODES, PATH, WORK, errors_in_one_line, params_option, path_option, say
 
 

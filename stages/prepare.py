@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
-from pipeline.config import load_params
-from pipeline.data import SPLITS
-from pipeline.datasets import open_dataset
-from pipeline.preparation import prepare
-from pipeline.storage import atomic_directory, lock
+from pipeline.core.files import atomic_directory
+from pipeline.core.parameters import load_params
+from pipeline.core.store import lock
+from pipeline.images.prepared import SPLITS
+from pipeline.prepare.datasets import open_dataset
+from pipeline.prepare.decode import prepare
 from stages.cli import EXIT_CODES, NOTHING_WRITTEN, WORK, done, errors_in_one_line, params_option, path_option, say
 
 BAD_IMAGES_NAMED = 5

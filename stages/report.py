@@ -7,11 +7,15 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from pipeline.config import Params, load_params
-from pipeline.data import read_prepared
-from pipeline.errors import DataError, ShardError
-from pipeline.experiment import Results, read_results
-from pipeline.models import Classifier
+from pipeline.core.errors import DataError, ShardError
+from pipeline.core.files import write_atomically, write_json
+from pipeline.core.parameters import Params, load_params
+from pipeline.core.timings import read_records
+from pipeline.experiment.results import Results, read_results
+from pipeline.images.prepared import read_prepared
+from pipeline.machine.device import set_up_device
+from pipeline.networks.classifier import Classifier
+from pipeline.networks.loading import load_for, load_with_digest
 from pipeline.report.charts import histogram
 from pipeline.report.content import Inputs, gather, read_curves
 from pipeline.report.page import plots_page, render
@@ -28,12 +32,8 @@ from pipeline.report.summary import (
     seeds_csv,
     summarise,
 )
-from pipeline.run_record import read_records
-from pipeline.runtime import choose_device
-from pipeline.shard_reader import BoundaryShards
-from pipeline.spread import margins_and_distances
-from pipeline.storage import write_atomically, write_json
-from pipeline.teacher import load_for, load_with_digest
+from pipeline.shards.quantiles import margins_and_distances
+from pipeline.shards.reader import BoundaryShards
 from stages.cli import EXIT_CODES, NOTHING_WRITTEN, RUNS, WORK, errors_in_one_line, params_option, path_option
 
 PUBLISHED_VIEWS = Path("docs/results/views.json")
@@ -70,7 +70,7 @@ def main(
 
     Writes report.html (one file that opens offline), table.md and summary.json (mean, standard deviation and n of each
     figure, fractions); metrics.json, the means alone, for `dvc metrics`; and for `dvc plots show` seeds.csv (a row for
-    each run), curves.csv, the histograms margins.csv and distances.csv, and plots.html, an offline page.
+    each run), curves.csv, the histograms probability_margins.csv and distances.csv, and plots.html, an offline page.
 
     \b
     Example: python -m stages.report
@@ -81,12 +81,12 @@ def main(
     teacher_record = read_result(evaluation / "teacher.json", TeacherRecord)
     train = read_prepared(prepared / "train.h5")
     dataset = BoundaryShards(shards, verify=False)
-    teacher_model, digest = load_with_digest(teacher, train, "teacher")
-    if digest != dataset.manifest.digests.teacher:
+    loaded = load_with_digest(teacher, train, "teacher")
+    if loaded.digest != dataset.manifest.digests.teacher:
         raise ShardError(
             f"{shards}: has samples of another teacher than {teacher}: make it with: python -m stages.attack"
         )
-    models: dict[str, Classifier] = {"teacher": teacher_model}
+    models: dict[str, Classifier] = {"teacher": loaded.model}
     for student, method in names:
         title = method if len(params.students) == 1 else f"{student} {method}"
         models[title] = load_for(students / f"{student}-{method}" / "seed-0.safetensors", train, "student")
@@ -98,12 +98,12 @@ def main(
         {name: read_curves(curves / "-".join(name) / "curves.csv") for name in names},
         _views(views, params),
         dataset,
-        histogram(margin, params.attack.tolerance),
+        histogram(margin, params.search.tolerance),
         histogram(distance),
         train,
         models,
         read_records(WORK / RUNS, ["prepare", "teacher", "attack", *map("-".join, names), "evaluate"]),
-        choose_device(params.runtime),
+        set_up_device(params.runtime),
     )
     with tqdm(
         total=maps_to_draw(models, dataset.manifest), desc="report", unit="map", disable=None, leave=False
@@ -119,7 +119,7 @@ def main(
         "table.md": table,
         "seeds.csv": seeds_csv(records),
         "curves.csv": curves_csv(inputs.curves),
-        "margins.csv": csv_text(BIN, inputs.margins),
+        "probability_margins.csv": csv_text(BIN, inputs.margins),
         "distances.csv": csv_text(BIN, inputs.distances),
         "plots.html": plots_page(),
         "report.html": page,

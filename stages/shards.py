@@ -14,18 +14,18 @@ from typing import Any
 
 import click
 
-from pipeline.byte_source import Folder, folder_at
-from pipeline.card import NOTHING_STATED
-from pipeline.config import Card, load_params
-from pipeline.errors import ShardError, shown
-from pipeline.shard_check import check_shard, find_problems
-from pipeline.shard_export import export_parquet
-from pipeline.shard_format import Manifest, read_manifest
-from pipeline.shard_merge import merge as merge_datasets
-from pipeline.shard_sample import sample as sample_rows
-from pipeline.shard_store import adopt as adopt_shards
-from pipeline.spread import spread_of
-from pipeline.storage import Store, lock
+from pipeline.core.errors import ShardError, shown
+from pipeline.core.parameters import Card, load_params
+from pipeline.core.store import Store, lock
+from pipeline.publish.adopt import adopt as adopt_shards
+from pipeline.publish.card import NOTHING_STATED
+from pipeline.publish.merge import merge as merge_datasets
+from pipeline.publish.parquet import export_parquet
+from pipeline.publish.sample import sample as sample_rows
+from pipeline.shards.check import check_shard, find_problems
+from pipeline.shards.folder import Folder, folder_at
+from pipeline.shards.manifest import Manifest, read_manifest
+from pipeline.shards.quantiles import spread_of
 from stages.cli import EXIT_CODES, EXIT_FAILED, NOTHING_WRITTEN, PATH, WORK, errors_in_one_line, say
 
 QUANTILES = (0.05, 0.5, 0.95)

@@ -10,15 +10,17 @@ from statistics import mean
 import click
 from tqdm import tqdm
 
-from pipeline.cluster import connected
-from pipeline.config import Params, load_params
-from pipeline.errors import ParameterError
-from pipeline.networks import check_network
-from pipeline.runtime import Processes
-from pipeline.storage import Store, atomic_directory, check_replaceable, copy_file, lock, write_atomically, write_json
-from pipeline.student_run import InputPaths, StudentRun
-from pipeline.student_worker import Task, fit_on_workers
-from pipeline.training import curve_csv
+from pipeline.core.errors import ParameterError
+from pipeline.core.files import atomic_directory, check_replaceable, copy_file, write_atomically, write_json
+from pipeline.core.network_names import check_network
+from pipeline.core.parameters import Params, load_params
+from pipeline.core.store import Store, lock
+from pipeline.machine.cluster import connected
+from pipeline.machine.processes import Processes
+from pipeline.student.inputs import InputPaths
+from pipeline.student.run import StudentRun
+from pipeline.student.worker import SeedRun, fit_on_workers
+from pipeline.training.fit import curve_csv
 from stages.cli import EXIT_CODES, WORK, done, errors_in_one_line, params_option, path_option, say, scheduler_option
 
 PUBLISHED = "seed-*.safetensors"  # names in a student's folder
@@ -70,7 +72,7 @@ def main(
     processes = Processes(params.runtime, params.training.precision)
     for student, method in chosen:
         check_replaceable(out / f"{student}-{method}", PUBLISHED)
-    runs = [StudentRun(params, *each, inputs[params.method[each[1]].source], processes, store) for each in chosen]
+    runs = [StudentRun.of(params, *each, inputs[params.method[each[1]].source], processes, store) for each in chosen]
     with ExitStack() as stack:
         if processes.is_first:
             for run in runs:
@@ -79,7 +81,7 @@ def main(
         unfinished = [run.unfinished() for run in runs]
         if scheduler is not None and any(unfinished):
             tasks = [
-                Task(*each, seed, run.key(seed))
+                SeedRun(*each, seed, run.key(seed))
                 for each, run, seeds in zip(chosen, runs, unfinished, strict=True)
                 for seed in seeds
             ]

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import click
 
-from pipeline.config import load_params
-from pipeline.data import read_prepared, read_validation
-from pipeline.prediction import accuracy
-from pipeline.runtime import Processes, choose_device
-from pipeline.storage import Store, lock, write_atomically, write_json
-from pipeline.teacher import checked_accuracy, teacher_architecture
-from pipeline.teacher_run import train_teacher
-from pipeline.training import curve_csv
-from pipeline.weights import convert_state_dict, load_weights, save_weights
+from pipeline.core.files import write_atomically, write_json
+from pipeline.core.parameters import load_params
+from pipeline.core.store import Store, lock
+from pipeline.images.prepared import read_prepared, read_validation
+from pipeline.machine.device import set_up_device
+from pipeline.machine.processes import Processes
+from pipeline.networks.loading import checked_accuracy
+from pipeline.networks.predict import accuracy
+from pipeline.networks.weights import convert_state_dict, load_weights, save_weights
+from pipeline.teacher import teacher_architecture, train_teacher
+from pipeline.training.fit import curve_csv
 from stages.cli import (
     EXIT_CODES,
     NOTHING_WRITTEN,
@@ -63,7 +65,7 @@ def main(context: click.Context, params_path: Path, prepared: Path, out: Path, r
             return
         teacher, curve = load_weights(result.weights), result.curve
         origin = "finished before" if result.reused else f"trained for {params.teacher.training.epochs} epochs"
-    device = choose_device(params.runtime)
+    device = set_up_device(params.runtime)
     metrics = {"train_accuracy": checked_accuracy(teacher, train, device)}
     if validation is not None:
         metrics["validation_accuracy"] = accuracy(teacher, validation, device)

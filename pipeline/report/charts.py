@@ -13,8 +13,9 @@ import altair as alt
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.experiment import Results, estimate
-from pipeline.experiment_figure import COLOURS, OTHERS, number_in
+from pipeline.evaluate.statistics import estimate
+from pipeline.experiment.figure import COLOURS, OTHERS, number_in
+from pipeline.experiment.results import Results
 
 Rows = Sequence[Mapping[str, Any]]
 """Records of a table."""

@@ -9,19 +9,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.config import Params
-from pipeline.data import Prepared
-from pipeline.errors import DataError
-from pipeline.experiment import FEWEST_PAIRS, STANDARD_ERRORS, Results
-from pipeline.models import Classifier
+from pipeline.core.errors import DataError
+from pipeline.core.parameters import Params
+from pipeline.core.timings import RunRecord
+from pipeline.evaluate.statistics import STANDARD_ERRORS
+from pipeline.experiment.results import FEWEST_PAIRS, Results
+from pipeline.images.prepared import Prepared
+from pipeline.networks.classifier import Classifier
 from pipeline.report import charts
 from pipeline.report.facts import facts_of
 from pipeline.report.page import Chart, Content, Picture, Row
 from pipeline.report.samples import Example, amplification, pictures, typical_examples
 from pipeline.report.scenes import decision_maps, maps_note, scenes_of
 from pipeline.report.summary import Curves, Students, TeacherRecord, Verdict, finding, table_cells, verdicts
-from pipeline.run_record import RunRecord
-from pipeline.shard_reader import BoundaryShards
+from pipeline.shards.reader import BoundaryShards
 
 EXAMPLES = 12  # in the gallery, at most
 CURVES_NOTE = (
@@ -209,7 +210,7 @@ def _similarity(inputs: Inputs) -> dict[str, Any]:
 
 
 def _dataset(inputs: Inputs) -> dict[str, Any]:
-    totals, tolerance = inputs.shards.manifest.totals, inputs.params.attack.tolerance
+    totals, tolerance = inputs.shards.manifest.totals, inputs.params.search.tolerance
     statuses = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in totals.statuses.items() if count)
     note = (
         f"{totals.samples:,} samples: {statuses}; shown are those that converged. The margin is tanh(|m| / 2) of the "
@@ -228,5 +229,8 @@ def _gallery_row(example: Example, names: Sequence[str]) -> Row:
     return Row(
         f"b = {names[example.base]} \u2192 k = {names[example.target]}",
         [Picture(png, title) for png, title in zip(pictures(example), titles, strict=True)],
-        [f"margin {example.margin:.4f}, distance {example.distance:.2f}, drawn x {amplification(example):.1f}"],
+        [
+            f"margin {example.probability_margin:.4f}, distance {example.distance:.2f}, "
+            f"drawn x {amplification(example):.1f}"
+        ],
     )

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.boundary import LogitsFunction, logits_in_batches
-from pipeline.newton import newton
-from pipeline.prediction import rows_of_a_batch
+from pipeline.networks.predict import rows_of_a_batch
+from pipeline.search.boundary import LogitsFunction, logits_in_batches
+from pipeline.search.find import find_boundary
 
 SIDE = 366  # pixels of a map
 POINTS, FEWER_POINTS = 61, 31  # along each side, where networks are asked; fewer for images of more values than that
@@ -110,7 +110,7 @@ def search_path(logits_of: LogitsFunction, image: Tensor, base: int, target: int
         seen.append(x.detach().clone())
         return logits_of(x)
 
-    newton(watched, image[None], torch.tensor([base]), torch.tensor([target]))
+    find_boundary(watched, image[None], torch.tensor([base]), torch.tensor([target]))
     return torch.cat(seen)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from pipeline.config import Params
-from pipeline.doctor import processor
-from pipeline.run_record import RunRecord
-from pipeline.shard_format import Manifest
+from pipeline.core.parameters import Params
+from pipeline.core.timings import RunRecord
+from pipeline.machine.device import processor
+from pipeline.shards.manifest import Manifest
 
 PACKAGES = ("boundary-distillation", "torch", "torchvision", "numpy", "h5py")
 

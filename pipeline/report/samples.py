@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.boundary import probability_margin
-from pipeline.data import Prepared
-from pipeline.shard_reader import BoundaryShards, samples_of
-from pipeline.status import Status
-from pipeline.views import apply_views
+from pipeline.core.status import Status
+from pipeline.images.pixels import pixels
+from pipeline.images.prepared import Prepared
+from pipeline.images.views import apply_views
+from pipeline.search.boundary import probability_margin
+from pipeline.shards.reader import BoundaryShards, samples_of
 
 SHARDS_SEARCHED = 8  # of the first view, at most: the gallery shows examples, not extremes
 
@@ -30,8 +31,8 @@ class Example(NamedTuple):
     """(C, H, W) float32, on the boundary."""
     base: int
     target: int
-    margin: float
-    """Probability margin at the sample."""
+    probability_margin: float
+    """At the sample."""
     distance: float
     """L2 in pixel space."""
     logits: Tensor
@@ -63,7 +64,7 @@ def _example(shards: BoundaryShards, train: Prepared, number: int) -> Example:
     row = shards[number]
     image = image_of(row, train, shards.manifest.augmentation.padding)
     return Example(
-        image.float() / 255,
+        pixels(image),
         samples_of(image, row["delta"][0], row["delta_scale"][0]),
         int(row["label"]),
         int(row["target"][0]),
@@ -96,7 +97,7 @@ def pictures(example: Example) -> Iterator[bytes]:
 
 def png(image: Tensor) -> bytes:
     """An image (C, H, W), 1 or 3 channels, clipped to [0, 1], as PNG."""
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    values = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     content = BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(content, "PNG", optimize=True)
+    Image.fromarray(values[..., 0] if values.shape[2] == 1 else values).save(content, "PNG", optimize=True)
     return content.getvalue()

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data import Prepared
-from pipeline.models import Classifier, placed
-from pipeline.newton import newton
+from pipeline.core.status import Status
+from pipeline.images.pixels import pixels
+from pipeline.images.prepared import Prepared
+from pipeline.networks.classifier import Classifier
+from pipeline.networks.fast import frozen
 from pipeline.report.decision_map import (
     Scene,
     agreement_on,
@@ -23,9 +25,9 @@ from pipeline.report.decision_map import (
 )
 from pipeline.report.page import Picture, Row
 from pipeline.report.samples import Example, image_of
-from pipeline.shard_format import Manifest
-from pipeline.shard_reader import BoundaryShards, samples_of
-from pipeline.status import Status
+from pipeline.search.find import find_boundary
+from pipeline.shards.manifest import Manifest
+from pipeline.shards.reader import BoundaryShards, samples_of
 
 SCENES = 3
 PATHS = 24  # of searches that are drawn, where inputs are points of a plane
@@ -63,7 +65,7 @@ def decision_maps(
         logits: dict[str, Any] = {}
         pictures = []
         for name, model in models.items():
-            logits[name] = logits_on(placed(model, device), scene.plane, device)
+            logits[name] = logits_on(frozen(model, device), scene.plane, device)
             png = map_png(scene, logits[name], names, None if name == teacher else logits[teacher])
             same = f", {agreement_on(logits[name], logits[teacher]):.1%} as the teacher" if name != teacher else ""
             pictures.append(Picture(png, name + same))
@@ -79,7 +81,7 @@ def scenes_of(
     Args:
         shards: the dataset.
         train: the training split that it was made from.
-        teacher: on the CPU.
+        teacher: whose samples they are, on the CPU.
         examples: of the dataset, among which images are chosen.
     """
     teacher = teacher.eval()
@@ -103,7 +105,7 @@ def _second_sample(teacher: Classifier, example: Example) -> tuple[Tensor, int] 
     base = torch.tensor([example.base])
     for target in example.logits.argsort(descending=True):
         if int(target) not in (example.base, example.target):
-            found = newton(teacher, example.image[None], base, target[None])
+            found = find_boundary(teacher, example.image[None], base, target[None])
             if int(found.status[0]) == Status.CONVERGED:
                 return example.image + found.perturbation[0], int(target)
     return None
@@ -122,14 +124,14 @@ def planar_scene(shards: BoundaryShards, train: Prepared, teacher: Classifier) -
     samples = samples_of(images, columns["delta"], columns["delta_scale"])
     (done,) = torch.nonzero(columns["status"] == Status.CONVERGED, as_tuple=True)
     paths = [
-        search_path(teacher, images[row].float() / 255, int(labels[row]), int(columns["target"][row]))
+        search_path(teacher, pixels(images[row]), int(labels[row]), int(columns["target"][row]))
         for row in done[:: max(1, len(done) // PATHS)].tolist()
     ]
     return Scene(
         plane,
         plane.coordinates(samples[done]),
         [plane.coordinates(path) for path in paths],
-        plane.coordinates(images.float() / 255),
+        plane.coordinates(pixels(images)),
         labels.numpy(),
     )
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
-from pipeline.config import Method
-from pipeline.errors import DataError
-from pipeline.experiment import Difference, Estimate, estimate
+from pipeline.core.errors import DataError
+from pipeline.core.parameters import Method
+from pipeline.evaluate.statistics import Difference, Estimate, estimate
 
 
 class Record(BaseModel):

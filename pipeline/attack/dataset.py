@@ -1,0 +1,215 @@
+"""The attack over a whole training split: which shards are missing, making them, publishing the dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.attack.columns import Block, shard_values
+from pipeline.core.errors import ParameterError, ShardError
+from pipeline.core.extensions import own_modules
+from pipeline.core.files import atomic_directory, copy_file, write_atomically
+from pipeline.core.parameters import Attack, Card, Params, Views
+from pipeline.core.provenance import code_digest, fingerprint
+from pipeline.core.store import Store
+from pipeline.images.prepared import Prepared
+from pipeline.machine.device import return_freed_memory
+from pipeline.machine.forks import interrupts_wait, run_in_forks
+from pipeline.networks.loading import Loaded
+from pipeline.publish.adopt import stored_name
+from pipeline.publish.card import BESIDE, NOTHING_STATED, PUBLISHED, write_card
+from pipeline.publish.writer import write_shard
+from pipeline.search.table import module_of
+from pipeline.search.teacher_search import TeacherSearch
+from pipeline.shards.check import is_shard
+from pipeline.shards.file import read_columns
+from pipeline.shards.format import FORMAT_VERSION, MANIFEST, Column, columns_of, count_statuses
+from pipeline.shards.manifest import Augmentation, Digests, Manifest, ShardEntry, manifest_text, totals_of
+
+Result = TypeVar("Result")
+
+# The modules that decide what is in a shard: an edit to one of them makes stored shards invalid.
+CODE = ("pipeline.attack.columns", "pipeline.machine.device", "pipeline.publish.writer")
+
+
+def shard_code(search: str, teacher_network: str) -> str:
+    """Return the digest of the code that decides what is in a shard, by a named search of a named network."""
+    return code_digest(*CODE, module_of(search), *own_modules(teacher_network))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleDataset:
+    """A sample dataset as the parameters ask for it, and its finished shards in the store."""
+
+    train: Prepared
+    views: Views
+    attack: Attack
+    parameters: dict[str, Any]
+    """Those that decide what is in a shard, in the form that a manifest has them."""
+    digests: Digests
+    columns: dict[str, Column]
+    fingerprint: str
+    store: Store
+    """Where finished shards are kept."""
+
+    @classmethod
+    def of(cls, train: Prepared, params: Params, teacher: Loaded, store: Store) -> SampleDataset:
+        """Describe the sample dataset of a training split and a teacher.
+
+        Raises:
+            ParameterError: the parameters ask for more target classes than there are.
+        """
+        attack, classes = params.attack, len(train.class_names)
+        if attack.targets >= classes:
+            raise ParameterError(
+                f"attack.targets: expected at most {classes - 1}, one less than the classes, got {attack.targets}"
+            )
+        # Not the number of views, so that more views reuse those that are there.
+        search = {"search": params.search.name, **params.search.model_dump(exclude={"name"})}
+        parameters = {
+            "attack": attack.model_dump(exclude={"views"}) | search,
+            "augmentation": params.views.model_dump(),
+        }
+        digests = Digests(teacher=teacher.digest, train=train.digest)
+        code = shard_code(params.search.name, teacher.model.architecture.network)
+        return cls(
+            train=train,
+            views=params.views,
+            attack=attack,
+            parameters=parameters,
+            digests=digests,
+            columns=columns_of(train.image_shape, classes, attack.targets, attack.embed_images),
+            fingerprint=fingerprint(FORMAT_VERSION, parameters, digests.model_dump(), code),
+            store=store,
+        )
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All shards of the dataset, by view, then block."""
+        starts = range(0, len(self.train.labels), self.attack.rows_per_shard)
+        return [
+            Block(view, number, start, min(self.attack.rows_per_shard, len(self.train.labels) - start))
+            for view in range(self.attack.views)
+            for number, start in enumerate(starts)
+        ]
+
+    def stored_name(self, block: Block) -> str:
+        return stored_name(self.fingerprint, block.view, block.number)
+
+    def missing(self) -> list[Block]:
+        """The shards that are not in the store, or no longer as they were written; clears up after killed runs."""
+        self.store.sweep(self.fingerprint)
+        stored = _side_by_side(self.stored, self.blocks)
+        return [block for block, path in zip(self.blocks, stored, strict=True) if path is None]
+
+    def stored(self, block: Block) -> Path | None:
+        """The path of a finished shard in the store; None if there is none, or it is another one under its name."""
+        path = self.store.find(self.stored_name(block))
+        return path if path and is_shard(path, self.fingerprint, block.view, block.number) else None
+
+    def make(self, search: TeacherSearch, blocks: list[Block], workers: int = 1) -> Iterator[Block]:
+        """Make shards in the store; yields each when it is there to stay.
+
+        Args:
+            search: on this process's device.
+            blocks: which shards.
+            workers: with more than one, so many forks of this process make shards side by side, on a CPU; the bytes are
+                the same, the order is not.
+
+        Raises:
+            WorkerError: a fork was killed.
+        """
+        if workers == 1:
+            for block in blocks:
+                self._make_one(search, block)
+                yield block
+        else:
+            return_freed_memory()  # which each fork would have again
+            for number in run_in_forks([partial(self._make_one, search, block) for block in blocks], workers):
+                yield blocks[number]
+
+    def _make_one(self, search: TeacherSearch, block: Block, slot: int = 0) -> None:
+        self.write(self.store.path(self.stored_name(block)), search, block)
+        self.store.seal(self.stored_name(block))
+        return_freed_memory()
+
+    def write(self, path: Path, search: TeacherSearch, block: Block) -> None:
+        """Search, and write what is found to a file."""
+        write_shard(
+            path,
+            shard_values(search, self.train, block, self.views, self.attack),
+            self.columns,
+            fingerprint=self.fingerprint,
+            view=block.view,
+            block=block.number,
+            compression=self.attack.compression,
+        )
+
+    def prune(self) -> int:
+        """Remove all other shards from the store; returns how many."""
+        return self.store.prune(self.stored_name(block) for block in self.blocks)
+
+    def manifest(self, entries: list[ShardEntry]) -> Manifest:
+        train = self.train
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            fingerprint=self.fingerprint,
+            columns=self.columns,
+            parameters=self.parameters,
+            class_names=list(train.class_names),
+            image_shape=train.image_shape,
+            mean=list(train.mean),
+            std=list(train.std),
+            augmentation=Augmentation(**self.parameters["augmentation"]),
+            digests=self.digests,
+            rows=len(train.labels),
+            views=self.attack.views,
+            targets=self.attack.targets,
+            shards=entries,
+            totals=totals_of(entries, self.attack.targets),
+        )
+
+    def publish(self, directory: Path, card: Card = NOTHING_STATED) -> Manifest:
+        """Gather the shards of this dataset into a directory, with its card, the manifest last; replaces what is there.
+
+        Raises:
+            ShardError: the store lacks a shard.
+        """
+        with atomic_directory(directory, *PUBLISHED, beside=BESIDE) as temporary:
+            entries = _side_by_side(partial(self._publish_one, temporary), self.blocks)
+            manifest = self.manifest(entries)
+            write_card(temporary, manifest, card)
+            write_atomically(temporary / MANIFEST, manifest_text(manifest))
+        return manifest
+
+    def _publish_one(self, directory: Path, block: Block) -> ShardEntry:
+        """Copy a shard into a directory; returns the manifest's row for it."""
+        name = self.stored_name(block)
+        source = self.stored(block)
+        if source is None:
+            raise ShardError(f"{self.store.path(name)}: missing, run the attack again")
+        copy_file(source, directory / source.name)
+        return ShardEntry(
+            name=source.name,
+            view=block.view,
+            block=block.number,
+            rows=block.rows,
+            bytes=source.stat().st_size,
+            sha256=self.store.digest(name),
+            statuses=count_statuses(read_columns(source, ["status"])["status"]),
+        )
+
+
+def _side_by_side(function: Callable[[Block], Result], blocks: list[Block]) -> list[Result]:
+    """Results of a function that waits for files, or digests them, of all blocks: in threads."""
+    with ThreadPoolExecutor() as pool:
+        try:
+            with interrupts_wait():  # one that comes between two locks of the pool would leave its threads waiting
+                results = pool.map(function, blocks)
+            return list(results)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,84 @@
+"""Making shards on the workers of a cluster: paths and a block in, a finished shard in the store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pipeline.attack.columns import Block
+from pipeline.attack.dataset import SampleDataset
+from pipeline.core.errors import WorkerError
+from pipeline.core.parameters import Params, check_params
+from pipeline.core.store import Store
+from pipeline.images.prepared import read_prepared
+from pipeline.machine.cluster import on_workers
+from pipeline.machine.device import search_batch, set_up_device
+from pipeline.networks.loading import load_with_digest
+from pipeline.search.table import search_of
+from pipeline.search.teacher_search import TeacherSearch
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+class Job(NamedTuple):
+    """What a worker needs to make any shard of a dataset."""
+
+    params: str
+    """All parameters as JSON."""
+    train: Path
+    """The prepared training split; paths are absolute."""
+    teacher: Path
+    store: Path
+    fingerprint: str
+    """Of the dataset, as the client sees it."""
+
+
+def make_on_workers(
+    client: Client,
+    params: Params,
+    train: Path,
+    teacher: Path,
+    dataset: SampleDataset,
+    blocks: list[Block],
+    say: Callable[[str], None],
+) -> Iterator[Block]:
+    """As `SampleDataset.make`, on the workers of a cluster: the same bytes, in any order."""
+    job = Job(
+        params.model_dump_json(),
+        train.absolute(),
+        teacher.absolute(),
+        dataset.store.root.absolute(),
+        dataset.fingerprint,
+    )
+    yield from on_workers(client, partial(make_shard, job), blocks, say)
+
+
+def make_shard(job: Job, block: Block) -> Block:
+    """Make one shard, on a worker.
+
+    Raises:
+        WorkerError: the worker has other files or other code than the client.
+    """
+    dataset, search = _loaded(job)
+    if dataset.stored(block) is None:  # else a worker made it, and died before it could tell
+        list(dataset.make(search, [block]))
+    return block
+
+
+@lru_cache(maxsize=1)
+def _loaded(job: Job) -> tuple[SampleDataset, TeacherSearch]:
+    """Once for each worker process."""
+    params = check_params(json.loads(job.params), "the client's parameters")
+    device = set_up_device(params.runtime)
+    train = read_prepared(job.train)
+    teacher = load_with_digest(job.teacher, train, "teacher")
+    dataset = SampleDataset.of(train, params, teacher, Store(job.store))
+    if dataset.fingerprint != job.fingerprint:
+        raise WorkerError(
+            f"a worker has other code or other files ({job.train}, {job.teacher}) than this machine: restart it"
+        )
+    return dataset, search_of(teacher.model, params.search, search_batch(params.runtime, device), device)

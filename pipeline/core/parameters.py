@@ -1,0 +1,364 @@
+"""The parameters, as in params.yaml: what exists, of which type, in which range.
+
+Anything unknown, of the wrong type or out of range is refused by name before any work starts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.core.errors import ParameterError
+from pipeline.core.extensions import find_loss, known_losses, trust_own_networks, use_own_code
+from pipeline.core.network_names import check_network
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Names end up in DVC stage names, paths and keys.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
+
+
+UNKNOWN_LOSS = "unknown_loss"
+# Parameters that had another name before.
+MOVED = {
+    "dataset.padding": "views.padding",
+    "dataset.flip": "views.flip",
+    "attack.search": "search.name",
+    "attack.tolerance": "search.tolerance",
+    "attack.max_gradients": "search.max_gradients",
+}
+
+
+def _known_network(name: str) -> str:
+    check_network(name)
+    return name
+
+
+NetworkName = Annotated[str, AfterValidator(_known_network)]
+
+
+def _printable_line(text: str) -> str:
+    if not text.strip() or not text.isprintable():  # line breaks are not printable
+        raise ValueError("expected one line of printable text (longer text in YAML: '>-'), or null")
+    return text.strip()
+
+
+Line = Annotated[str, AfterValidator(_printable_line)]
+
+
+class Section(BaseModel):
+    """A group of parameters: strict types, no unknown keys, not to be changed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Dataset(Section):
+    """The images and their splits."""
+
+    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder", "spirals"]
+    path: Annotated[str, Field(min_length=1)] = Field(description="of an imagefolder; where others are downloaded to")
+    image_size: tuple[Count, Count] | None = Field(strict=False, description="height and width to resize to")
+    channels: Literal[1, 3] | None = Field(description="gray or RGB; by default, as the first image")
+    train_images: Count | None = Field(description="of the training part, at most, evenly by class")
+    skip_bad: bool = Field(description="leave out images that cannot be read, instead of an error")
+    seed: Seed = Field(description="of the splits")
+    test_fraction: Fraction = Field(description="split off where the dataset has no test part of its own")
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="split off the training part, by class, where there is no validation part; 0 for none"
+    )
+
+
+class Views(Section):
+    """How a view of an image is drawn."""
+
+    padding: Annotated[int, Field(ge=0, le=64)] = Field(description="black pixels around the image, then a random crop")
+    flip: bool = Field(description="mirror half of the views")
+
+
+class Training(Section):
+    """One run of stochastic gradient descent with momentum."""
+
+    epochs: Count
+    batch_size: Count
+    learning_rate: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: NotNegative
+    milestones: list[Fraction] = Field(description="fractions of the epochs at which the rate is divided")
+    divisor: Annotated[float, Field(ge=1)] = Field(description="of the learning rate at each milestone")
+    precision: Literal["32-true", "bf16-mixed"]
+
+
+class Teacher(Section):
+    """The network to distil: trained here, or imported from a safetensors file."""
+
+    network: NetworkName
+    weights: Annotated[str, Field(min_length=1)] | None = Field(
+        description="safetensors file to import instead of training"
+    )
+    mean: list[float] | None = Field(description="per channel, to normalise by; by default, of the training split")
+    std: list[Positive] | None = Field(description="per channel, to normalise by; by default, of the training split")
+    seed: Seed
+    training: Training
+
+    @model_validator(mode="after")
+    def _normalisation_is_whole(self) -> Teacher:
+        if len(self.mean or []) != len(self.std or []):
+            raise ValueError("'mean' and 'std' take as many values, one for each channel")
+        return self
+
+
+class Search(Section):
+    """The search for a boundary-supporting sample."""
+
+    name: Literal["newton", "heo2019", "heo2019_probabilities", "deepfool", "fgsm", "random"] = Field(
+        description="newton; the others are for comparison, and few or none of their samples are on the boundary"
+    )
+    tolerance: Annotated[float, Field(gt=0, le=1)] = Field(description="largest probability margin at the boundary")
+    max_gradients: Annotated[int, Field(ge=1, le=1000)] = Field(description="per sample, for newton")
+
+
+class Attack(Section):
+    """The samples that are made, and how they are stored."""
+
+    views: Count = Field(description="views of every training image")
+    targets: Count = Field(description="target classes per view")
+    seed: Seed = Field(description="of views and target classes: one draw of the dataset")
+    rows_per_shard: Annotated[int, Field(ge=1, le=1_000_000)]
+    embed_images: bool = Field(description="store the views, so that students need no prepared data")
+    compression: Literal["none", "gzip"]
+
+
+class Card(Section):
+    """What the card of the published samples states; null where nothing is stated. No shard depends on it."""
+
+    title: Line | None = Field(description="by default, what it is in general")
+    licence: Line | None = Field(description="of the images: SPDX identifier, or words")
+    source: Line | None = Field(description="of the images: words or URL")
+    terms: Line | None = Field(description="of use, where there are more than the licence says")
+    url: Annotated[Line, Field(pattern=r"^https?://\S+$")] | None = Field(description="where the samples are published")
+
+
+class Layers(Section):
+    """Features of student and teacher that are compared: outputs of named layers, pair by pair."""
+
+    student_layers: Annotated[list[str], Field(min_length=1)]
+    teacher_layers: Annotated[list[str], Field(min_length=1)]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The student's layer and the teacher's, of each pair."""
+        return list(zip(self.student_layers, self.teacher_layers, strict=True))
+
+    @model_validator(mode="after")
+    def _layers_are_pairs(self) -> Layers:
+        if len(self.student_layers) != len(self.teacher_layers):
+            raise ValueError("'student_layers' and 'teacher_layers' name as many layers, pair by pair")
+        return self
+
+
+class Method(Section):
+    """A way to train a student: cross-entropy with the labels and the losses that are named, from one source."""
+
+    source: Literal["fresh", "shards", "online"] = Field(
+        description="fresh augmentation, published shards, or fresh augmentation with the teacher in the loop"
+    )
+    losses: dict[str, SerializeAsAny[Section]] = Field(
+        description="parameters of each loss beside cross-entropy, by name; in a file they stand beside `source`"
+    )
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the teacher itself must be at hand, and not its logits alone."""
+        return any(isinstance(loss, Layers) for loss in self.losses.values())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _losses_by_name(cls, values: Any) -> Any:
+        """Take all but `source` as losses, and check the parameters of each as its class has them."""
+        if not isinstance(values, dict):
+            return values
+        losses, problems = {}, list[InitErrorDetails]()
+        for name, given in values.items():
+            if name == "source" or given is None:
+                continue
+            try:
+                losses[name] = find_loss(name).Parameters.model_validate(given)
+            except ValidationError as error:
+                problems += [_with_place(each, name) for each in error.errors()]
+            except ValueError as error:
+                kind = PydanticCustomError(UNKNOWN_LOSS, "{reason}", {"reason": str(error)})
+                problems.append(InitErrorDetails(type=kind, loc=(name,), input=given))
+        if problems:
+            raise ValidationError.from_exception_data("Method", problems)
+        return {name: value for name, value in values.items() if name == "source"} | {"losses": losses}
+
+    @model_serializer(mode="wrap")
+    def _as_in_a_file(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = cast(dict[str, Any], handler(self))
+        return {"source": values["source"]} | values["losses"]
+
+    @model_validator(mode="after")
+    def _source_and_losses_fit(self) -> Method:
+        if self.source == "fresh" and self.losses:
+            raise ValueError("source 'fresh' has no teacher: losses take 'shards' or 'online'")
+        if self.source != "fresh" and not self.losses:
+            raise ValueError(f"source '{self.source}' needs at least one loss: {', '.join(known_losses())}")
+        staged = [name for name, loss in self.losses.items() if "first_stage" in type(loss).model_fields]
+        if len(staged) > 1:
+            raise ValueError(f"'{staged[0]}' and '{staged[1]}' both want a first stage of their own: take one of them")
+        return self
+
+
+def _with_place(error: Any, name: str) -> InitErrorDetails:
+    """Say of an error within a loss that it is there."""
+    place = (name, *error["loc"])
+    if "ctx" in error and "error" in error["ctx"]:  # what a validator raised
+        kind: Any = PydanticCustomError("value_error", "Value error, {reason}", {"reason": str(error["ctx"]["error"])})
+        return InitErrorDetails(type=kind, loc=place, input=error["input"])
+    return InitErrorDetails(type=error["type"], loc=place, input=error["input"], ctx=error.get("ctx", {}))
+
+
+class Evaluation(Section):
+    """What is measured on the test split."""
+
+    similarity_images: Count | None = Field(description="for MagSim and AngSim, about, evenly spread; by default all")
+
+
+class Runtime(Section):
+    """The machine: changes results by rounding at most, and is in no stage's parameters."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    devices: Count = Field(description="GPUs, or CPU processes, that share the batches of a training run")
+    threads: Count | None = Field(description="of the CPU; by default all cores")
+    workers: Count | None = Field(
+        description="seeds trained, or shards made, side by side on a CPU; by default one a core"
+    )
+    search_batch: Count | None = Field(description="samples per batch of the boundary search; by default by device")
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    code: Annotated[str, Field(min_length=1)] = Field(description="folder of the user's modules, the package `own`")
+    dataset: Dataset
+    views: Views
+    teacher: Teacher
+    search: Search
+    attack: Attack
+    card: Card
+    students: Annotated[list[NetworkName], Field(min_length=1)] = Field(description="networks to train")
+    methods: Annotated[list[Name], Field(min_length=1)] = Field(description="names from `method` to train them with")
+    seeds: Count = Field(description="runs of each student and method")
+    method: dict[Name, Method]
+    training: Training = Field(description="of the students")
+    evaluation: Evaluation
+    runtime: Runtime
+
+    @model_validator(mode="after")
+    def _targets_fit(self) -> Params:
+        if self.search.name == "deepfool" and self.attack.targets > 1:
+            raise ValueError("search.name: 'deepfool' goes to the nearest class, so it takes attack.targets 1")
+        return self
+
+    @model_validator(mode="after")
+    def _lists_are_sound(self) -> Params:
+        for name in ("students", "methods"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"'{name}' names something twice: {', '.join(values)}")
+        unknown = [name for name in self.methods if name not in self.method]
+        if unknown:
+            raise ValueError(f"'methods' names '{unknown[0]}', expected names from 'method': {', '.join(self.method)}")
+        return self
+
+
+def load_params(path: Path) -> Params:
+    """Read and check a parameter file.
+
+    Raises:
+        ParameterError: the file is missing or no YAML, or a parameter is not as declared; names the key, what was
+            expected and what came.
+    """
+    return check_params(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """The values of a YAML file.
+
+    Raises:
+        ParameterError: it is missing or no YAML.
+    """
+    try:
+        return YAML(typ="safe", pure=True).load(path)
+    except OSError as error:
+        raise ParameterError(f"{path}: cannot be read: {error.strerror}") from None
+    except (YAMLError, ValueError) as error:
+        raise ParameterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def check_params(values: Any, source: str) -> Params:
+    """Check parameters that are already parsed; `source` names them in errors.
+
+    The user's modules in the folder `code` are those that names `own.<module>.<name>` mean from then on.
+    """
+    if isinstance(values, dict) and isinstance(values.get("code"), str):
+        use_own_code(Path(values["code"]))
+    try:
+        params = Params.model_validate(values)
+    except ValidationError as error:
+        raise ParameterError(f"{source}: {in_words(error)}") from None
+    trust_own_networks([params.teacher.network, *params.students])
+    return params
+
+
+def in_words(error: ValidationError) -> str:
+    """Return all that is wrong with values, by dotted key."""
+    return "; ".join(_problem_in_words(each) for each in error.errors())
+
+
+def _problem_in_words(error: Any) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        if key in MOVED:
+            return f"{key}: is called {MOVED[key]} now"
+        return f"{key}: unknown parameter; known here: {', '.join(_fields_at(error['loc'][:-1]))}"
+    if error["type"] == "missing":
+        return f"{key}: missing"
+    if error["type"] == UNKNOWN_LOSS:
+        return f"{key}: {error['msg']}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error["input"]
+    if error["type"] == "value_error" and isinstance(given, dict):  # a check of several parameters, which it names
+        return f"{key}: {message}" if key else message
+    received = repr(given) if isinstance(given, (str, int, float, type(None))) else f"a {type(given).__name__}"
+    return f"{key or 'all'}: {message} (got {received})"
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Return the parameters that exist in a section."""
+    model: type[BaseModel] = Params
+    if location[:1] == ("method",):  # the method's name, then that of a loss
+        model, location = (find_loss(str(location[2])).Parameters, location[3:]) if len(location) > 2 else (Method, ())
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        kinds = get_args(annotation) or (annotation,)
+        (model,) = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section))
+    return sorted(model.model_fields)

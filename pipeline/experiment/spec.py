@@ -1,0 +1,126 @@
+"""An experiment: the same students under parameters that vary."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.core.errors import ParameterError
+from pipeline.core.parameters import Count, Line, Params, check_params, read_yaml
+from pipeline.experiment.results import Labels
+
+TRAIN_FRACTION = "train_fraction"
+
+
+VARIED = ("attack", "method", "methods", "search", "seeds", "students", "training")
+
+
+class Experiment(BaseModel):
+    """What varies, and with what each result is compared; read from a YAML file.
+
+    Keys of values are those of params.yaml, as `attack.views`; `train_fraction` is the fraction of the training images
+    that students see, with as many more epochs, so that they see as many images.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: Line
+    draws: Count = Field(1, description="of views, target classes, parts of the images: other seeds of the dataset")
+    values: dict[str, Any] = Field({}, description="parameters of all runs")
+    axes: dict[str, Annotated[dict[str, dict[str, Any]], Field(min_length=1)]] = Field(
+        {}, description="parameters of each label of each axis"
+    )
+    references: dict[str, Labels] = Field({}, description="by title: what is another in the row to compare with")
+    floor: Labels | None = Field(None, description="the row whose mean less three deviations no run should fall below")
+    costs: bool = Field(False, description="whether the table says what the samples took")
+    figure: str | None = Field(None, description="the axis along which accuracy is drawn")
+
+
+class Variant(NamedTuple):
+    """One combination of the axes' labels."""
+
+    labels: Labels
+    params: Params
+    train_fraction: float
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read an experiment's file.
+
+    Raises:
+        ParameterError: it is missing, no YAML, or not an experiment.
+    """
+    values = read_yaml(path)
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise ParameterError(f"{path}: {'; '.join(problems)}") from None
+
+
+def variants(experiment: Experiment, params: Params) -> Iterator[Variant]:
+    """All combinations, with their parameters: `params`, and over them what the experiment and its axes say.
+
+    Raises:
+        ParameterError: a parameter is unknown or bad, or is none that an experiment can vary.
+    """
+    names = list(experiment.axes)
+    taken = [name for name in names if name in ("student", "method")]
+    if taken:
+        raise ParameterError(f"{experiment.title}: no axis is called '{taken[0]}': vary `methods` or `students`")
+    if experiment.figure and experiment.figure not in names:
+        known = ", ".join(names) or "there is none"
+        raise ParameterError(f"{experiment.title}: figure: expected an axis ({known}), got '{experiment.figure}'")
+    for labels in itertools.product(*experiment.axes.values()):
+        chosen = dict(zip(names, labels, strict=True))
+        values = dict(experiment.values)
+        for name, label in chosen.items():
+            values |= experiment.axes[name][label]
+        source = " ".join(f"{name} {label}" for name, label in chosen.items()) or experiment.title
+        yield _variant(chosen, params, values, source)
+
+
+def _variant(labels: Labels, params: Params, values: Mapping[str, Any], source: str) -> Variant:
+    document = params.model_dump(mode="json")
+    fraction = 1.0
+    for key, value in values.items():
+        if key == TRAIN_FRACTION:
+            fraction = value
+            continue
+        *parents, last = key.split(".")
+        if (parents or [last])[0] not in VARIED or key == "training.precision":
+            raise ParameterError(f"{source}: '{key}' does not vary in an experiment, only {', '.join(VARIED)}")
+        section: Any = document
+        for parent in parents:
+            if not isinstance(section.get(parent), dict):
+                raise ParameterError(f"{source}: unknown parameter '{key}'")
+            section = section[parent]
+        section[last] = value
+    if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise ParameterError(f"{source}: {TRAIN_FRACTION}: expected more than 0 and at most 1, got {fraction}")
+    varied = check_params(document, source)
+    training = varied.training.model_copy(update={"epochs": round(varied.training.epochs / fraction)})
+    return Variant(labels, varied.model_copy(update={"training": training}), float(fraction))
+
+
+def labels_of(variant: Variant) -> Iterator[Labels]:
+    """The labels of each cell of a combination."""
+    for student in variant.params.students:
+        for method in variant.params.methods:
+            yield variant.labels | {"student": student, "method": method}
+
+
+def check_comparisons(experiment: Experiment, cells: Sequence[Labels]) -> None:
+    """Refuse a reference or a floor that no row could be compared with.
+
+    Raises:
+        ParameterError: it names which.
+    """
+    wanted = experiment.references | ({"floor": experiment.floor} if experiment.floor else {})
+    for title, changes in wanted.items():
+        if not any(cell | changes in cells for cell in cells):
+            raise ParameterError(f"{experiment.title}: '{title}': no row has {changes}")

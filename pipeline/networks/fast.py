@@ -1,0 +1,85 @@
+"""Faster copies of a network, from which searches take their gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import fx, nn
+
+from pipeline.networks.classifier import Classifier, move_to_
+
+
+def frozen(model: Classifier, device: torch.device) -> Classifier:
+    """Return a copy of a network on a device, in evaluation mode and without gradients of its weights."""
+    return move_to_(copy.deepcopy(model), device).eval().requires_grad_(False)
+
+
+def folded(model: Classifier) -> Classifier:
+    """A frozen copy for inference in which batch norm is part of the convolutions: fewer passes over memory.
+
+    Its logits differ from the model's by rounding only. Of a network that cannot be traced, or whose folded copy
+    disagrees, it is a plain copy.
+    """
+    from torch.fx.experimental.optimization import fuse  # imported here: only searches need it
+
+    plain = copy.deepcopy(model).eval().requires_grad_(False)
+    device = model.mean.device
+    fast = _if_it_agrees(
+        lambda: Classifier(fuse(plain.network), model.architecture, model.channels).to(device), plain, 1e-3
+    )
+    return fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _if_it_agrees(make: Callable[[], Classifier], plain: Classifier, tolerance: float) -> Classifier:
+    """A faster network, frozen for evaluation, if it can be made and its logits are nearly those of the plain one."""
+    shape, generator = plain.architecture.image_shape, torch.Generator().manual_seed(0)
+    probe = torch.rand(4, *shape, generator=generator).to(plain.mean.device)
+    try:
+        fast = make().eval().requires_grad_(False)
+        with torch.no_grad():
+            expected = plain(probe)
+            error = (fast(probe) - expected).norm() / (1 + expected.norm())
+    except Exception:  # torch.fx and networks that cannot be changed raise all kinds
+        return plain
+    return fast if error <= tolerance else plain
+
+
+def halved(model: Classifier) -> Classifier:
+    """A copy of a folded network that computes in bfloat16 between its first and its last layer, for gradients.
+
+    About twice as fast where the machine has instructions for it. Pixels and logits stay float32: a small perturbation
+    would be lost in rounded pixels. Of a network that cannot be split so, or on another machine, it is the model.
+    """
+    if not _has_bfloat16(model.mean.device):
+        return model
+    return _if_it_agrees(lambda: Classifier(_halved(model.network), model.architecture, model.channels), model, 0.1)
+
+
+def _halved(network: nn.Module) -> nn.Module:
+    if not isinstance(network, fx.GraphModule):
+        raise TypeError("the network could not be traced")
+    network = copy.deepcopy(network).to(torch.bfloat16)
+    graph = network.graph
+    (pixels,) = (node for node in graph.nodes if node.op == "placeholder")
+    (last,) = next(node for node in graph.nodes if node.op == "output").args
+    for node in (*pixels.users, last):
+        if not list(network.get_submodule(node.target).float().parameters()):  # raises if it is no module
+            raise TypeError(f"'{node.target}' is no layer")
+    with graph.inserting_before(last):
+        last.update_arg(0, graph.call_method("float", last.args))
+    for node in pixels.users:
+        with graph.inserting_after(node):
+            rounded = graph.call_method("bfloat16", (node,))
+        node.replace_all_uses_with(rounded, lambda user, rounded=rounded: user is not rounded)
+    network.recompile()
+    return network
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 faster than in float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,0 +1,38 @@
+"""What a model says of images, and how often it is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.images.pixels import pixels
+from pipeline.images.prepared import Prepared
+
+PREDICTION_PIXELS = 256 * 32 * 32  # of a batch: larger ones make a CPU ask for fresh memory in every layer
+
+
+def rows_of_a_batch(image_shape: Sequence[int]) -> int:
+    """How many images (C, H, W) make a batch, on any device."""
+    return min(1024, max(1, PREDICTION_PIXELS // (image_shape[1] * image_shape[2])))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """Logits (N, classes) on the device, of uint8 images (N, C, H, W), with the model in evaluation mode."""
+    model.eval()
+    rows = rows_of_a_batch(images.shape[1:])
+    return torch.cat([model(pixels(batch.to(device))) for batch in torch.split(torch.from_numpy(images), rows)])
+
+
+def accuracy(model: nn.Module, data: Prepared, device: torch.device) -> float:
+    """The fraction of a split that a model classifies correctly."""
+    return accuracy_of(predict(model, data.images, device).cpu(), torch.from_numpy(data.labels))
+
+
+def accuracy_of(logits: Tensor, labels: Tensor) -> float:
+    """Return the fraction of logits (N, classes) whose top class is the label (N,)."""
+    return float((logits.argmax(1) == labels).double().mean())

@@ -1,0 +1,4 @@
+"""Sample datasets as they are written: shards, their card, and new datasets from finished ones.
+
+May import `shards`, `search` and `core`.
+"""

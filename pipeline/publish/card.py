@@ -1,0 +1,299 @@
+"""The card of a published sample dataset: README.md for people and hubs, croissant.json for machines.
+
+Both follow from the dataset and from what its maker states of the images, so that the same dataset has the same
+bytes: no clock, no host, no versions of software. Everything here works without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.files import write_atomically
+from pipeline.core.parameters import Card
+from pipeline.core.status import Status
+from pipeline.publish.croissant import croissant_text
+from pipeline.shards.format import MANIFEST, SHARD_FILES
+from pipeline.shards.manifest import Manifest, columns_in_order, shards_in_order
+from pipeline.shards.quantiles import Spread, spread_of
+
+README = "README.md"
+CROISSANT = "croissant.json"
+PUBLISHED, BESIDE = (SHARD_FILES, MANIFEST), (README, CROISSANT)  # names in a directory of shards
+
+NOTHING_STATED = Card(title=None, licence=None, source=None, terms=None, url=None)
+TITLE = "Boundary-supporting samples"
+TAGS = ["knowledge-distillation", "decision-boundary", "adversarial-examples", "hdf5"]
+# Parameters of a dataset that was made from finished ones.
+AFTERWARDS = {
+    "merged": " The views of several datasets, listed under `merged`, were then put together.",
+    "sample": " It is a preview: `sample` says how many rows of a whole dataset, and which one.",
+}
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
+
+# SPDX identifiers that the Hugging Face hub takes, in lower case; it refuses a card that names another as `license`.
+HUB_LICENCES = {
+    *("cc0-1.0", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nd-4.0"),
+    *("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"),
+    *("cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cdla-permissive-1.0", "cdla-permissive-2.0"),
+    *("cdla-sharing-1.0", "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-2.0", "gpl-3.0", "unlicense"),
+}
+
+LINK = re.compile(r"(https?://[^\s<>|`]*[^\s<>|`.,;:!?)'\"])")
+# What Markdown would read as markup: not an underscore within a word, nor an ampersand that begins no entity.
+MARKUP = re.compile(r"[\\`*\[\]<>|$~#]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
+
+CITATION = """@inproceedings{heo2019knowledge,
+  title     = {Knowledge Distillation with Adversarial Samples Supporting Decision Boundary},
+  author    = {Heo, Byeongho and Lee, Minsik and Yun, Sangdoo and Choi, Jin Young},
+  booktitle = {AAAI Conference on Artificial Intelligence},
+  year      = {2019}
+}"""
+
+
+def write_card(directory: Path, manifest: Manifest, card: Card = NOTHING_STATED) -> None:
+    """Write README.md and croissant.json into a directory of shards; call it before the manifest is written there.
+
+    Args:
+        directory: where the shards are; three small columns of each are read, one shard at a time.
+        manifest: of these shards; croissant.json holds the digest of its text.
+        card: what is stated of the images.
+
+    Raises:
+        ShardError: a shard is missing, unreadable or another one.
+        StoreError: a file cannot be written.
+    """
+    write_atomically(directory / README, readme_text(manifest, card, spread_of(directory, manifest, QUANTILES)))
+    write_atomically(directory / CROISSANT, croissant_card(manifest, card))
+
+
+def readme_text(manifest: Manifest, card: Card, spread: Spread | None) -> str:
+    """The card for people: Markdown, under metadata as the Hugging Face hub reads them.
+
+    Args:
+        manifest: of the dataset.
+        card: what is stated of the images; it may hold any characters, none of them becomes markup.
+        spread: of the converged samples, None if there are none.
+    """
+    sections = (
+        _front_matter(manifest, card),
+        f"# {_escaped(card.title or TITLE)}",
+        _summary(manifest),
+        _origin(manifest),
+        _columns(manifest),
+        _counts(manifest),
+        _quantiles(spread),
+        _usage(manifest),
+        _rights(card),
+        _limits(manifest),
+        f"## Citation\n\nThe method is from\n\n```bibtex\n{CITATION}\n```",
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(manifest: Manifest, card: Card) -> str:
+    values = {
+        "pretty_name": card.title or TITLE,
+        **_hub_licence(card.licence),
+        "task_categories": ["image-classification"],
+        "tags": TAGS,
+        "size_categories": [SIZES[min(max(len(str(manifest.totals.rows)) - 3, 0), len(SIZES) - 1)]],
+    }
+    # A JSON value in one line is also a YAML value, whatever characters it holds.
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    return "\n".join(("---", *lines, "---"))
+
+
+def _hub_licence(licence: str | None) -> dict[str, str]:
+    if licence is None:
+        return {"license": "unknown"}
+    if licence.lower() in HUB_LICENCES:
+        return {"license": licence.lower()}
+    return {"license": "other", "license_name": licence}
+
+
+def _summary(manifest: Manifest) -> str:
+    """Two sentences, in plain text."""
+    if manifest.is_sample:
+        views = "a view" if manifest.rows == 1 else f"{manifest.rows:,} views"
+        subject = f"{views} of training images, drawn at random from a larger dataset"
+    else:
+        views = "an augmented view" if manifest.views == 1 else f"{manifest.views} augmented views"
+        subject = f"{views} of each of {manifest.rows:,} training images"
+    classes = "another class" if manifest.targets == 1 else f"{manifest.targets} other classes"
+    return (
+        f"For {subject}: samples close by, at the decision boundary of one trained classifier (the teacher) to "
+        f"{classes}, and the teacher's logits on view and sample. "
+        "Students can be distilled from it without the teacher, by the method of Heo et al. (2019)."
+    )
+
+
+def _origin(manifest: Manifest) -> str:
+    facts = [
+        *([] if manifest.is_sample else [("views", str(manifest.views))]),
+        ("sha256 of the teacher's weights file", f"`{manifest.digests.teacher}`"),
+        ("content digest of the training split", f"`{manifest.digests.train}`"),
+        ("fingerprint of parameters, inputs and code", f"`{manifest.fingerprint}`"),
+        ("format version", str(manifest.format_version)),
+    ]
+    afterwards = "".join(text for name, text in AFTERWARDS.items() if manifest.parameters.get(name) is not None)
+    return f"""## How it was made
+
+By `python -m stages.attack` of the project boundary-distillation, from these parameters and inputs.{afterwards}
+
+```json
+{json.dumps(manifest.parameters, indent=2, sort_keys=True)}
+```
+
+{_table(("", ""), facts)}"""
+
+
+def _columns(manifest: Manifest) -> str:
+    height, width = manifest.image_shape[1:]
+    rows = [
+        (f"`{name}`", c.dtype, "scalar" if not c.shape else " x ".join(map(str, c.shape)), _escaped(c.meaning))
+        for name, c in columns_in_order(manifest).items()
+    ]
+    content = "drawn rows" if manifest.is_sample else "training images under one view, one row each"
+    return f"""## Columns
+
+A file `view-<view>-block-<block>.h5` has a block of {content}, as HDF5 datasets.
+Images are channels first, {height} high and {width} wide; the names of classes are in `{MANIFEST}`.
+
+{_table(("column", "dtype", "shape of a row", "meaning"), rows)}"""
+
+
+def _counts(manifest: Manifest) -> str:
+    totals = manifest.totals
+    counts = {
+        "training images": manifest.rows,
+        "classes": len(manifest.class_names),
+        "views of each image": manifest.views,
+        "rows: views of all images": totals.rows,
+        "rows: drawn views": totals.rows,
+        "target classes of each view": manifest.targets,
+        "samples": totals.samples,
+        "shards": totals.shards,
+        "bytes of all shards": totals.bytes,
+    }
+    of_whole = ("training images", "views of each image", "rows: views of all images")
+    for name in of_whole if manifest.is_sample else ("rows: drawn views",):
+        del counts[name]
+    statuses = [
+        (f"`{name}`", f"{count:,}", f"{count / totals.samples:.2%}")
+        for name, count in ((s.name.lower(), totals.statuses.get(s.name.lower(), 0)) for s in Status)
+    ]
+    return f"""## Counts
+
+{_table(("", ""), [(name, f"{count:,}") for name, count in counts.items()])}
+
+{_table(("status", "samples", "share"), statuses)}"""
+
+
+def _quantiles(spread: Spread | None) -> str:
+    if spread is None:
+        return "## Converged samples\n\nNo sample converged."
+    rows = [
+        (name, *(f"{value:.3g}" for value in values))
+        for name, values in (
+            ("probability margin tanh(abs(m) / 2)", spread.probability_margin),
+            ("distance, L2, pixels in [0, 1]", spread.distance),
+        )
+    ]
+    return f"""## Converged samples
+
+Quantiles; m is the logit of the base class minus that of the target class, at the stored sample.
+
+{_table(("", *(f"{q:.0%}" for q in QUANTILES)), rows)}"""
+
+
+def _usage(manifest: Manifest) -> str:
+    embedded = "image" in manifest.columns
+    sample = '\n    sample = shard["image"][:][done] / 255 + perturbation' if embedded else ""
+    more = ", and the samples" if embedded else ": `index`, `crop` and `flip` say which view of which image it is"
+    return f"""## How to use it
+
+Check it, with DIR for this folder: sizes, digests and layout of all files.
+
+```bash
+python -m stages.shards verify DIR
+```
+
+Read it with the project's code:
+
+```python
+from pipeline.shard_reader import BoundaryShards
+shards = BoundaryShards(".")  # this folder; all files are checked first
+row = shards[0]  # tensors by column{more}
+```
+
+Or with nothing but h5py:
+
+```python
+import h5py
+
+with h5py.File("{shards_in_order(manifest)[0].name}") as shard:
+    done = shard["status"][:, 0] == 0  # converged, first target class
+    scale = shard["delta_scale"][:, 0][done]
+    perturbation = shard["delta"][:, 0][done] * scale[:, None, None, None]{sample}
+    base, target = shard["label"][:][done], shard["target"][:, 0][done]
+    teacher_logits = shard["boundary_logits"][:, 0][done]
+```"""
+
+
+def _rights(card: Card) -> str:
+    stated = (
+        ("Licence of the images", card.licence),
+        ("Source of the images", card.source),
+        ("Terms of use", card.terms),
+        ("Published at", card.url),
+    )
+    lines = [f"- {name}: {'not stated' if text is None else _escaped(text)}" for name, text in stated]
+    note = "As the maker of this dataset states them; nothing here was checked."
+    return f"## Licence, source and terms\n\n{note}\n\n" + "\n".join(lines)
+
+
+def _limits(manifest: Manifest) -> str:
+    if "image" in manifest.columns:
+        images = "The training images are inside, as views: whoever may not pass them on may not pass on this dataset."
+    else:
+        images = "The training images are not inside: without them, samples cannot be put together."
+    limits = (
+        "Samples are no natural images: each is a training image and a perturbation that a search has found. Pixels "
+        "are not clipped and can be a little outside [0, 1].",
+        "They belong to one teacher, by its weights: the boundary of any other network is elsewhere.",
+        "A converged sample is near the boundary, not on it: its probability margin is at most the tolerance. "
+        "Samples of another status are not for training.",
+        "Distances are those that one search has found: the boundary can be nearer.",
+        images,
+        "Errors and biases of the images, of their labels and of the teacher are in the samples, too.",
+    )
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+def croissant_card(manifest: Manifest, card: Card) -> str:
+    """The card for machines, in the Croissant format."""
+    stated = (("Source of the images", card.source), ("Terms of use", card.terms))
+    return croissant_text(
+        manifest,
+        name=card.title or TITLE,
+        description=" ".join([_summary(manifest), *(f"{name}: {text}" for name, text in stated if text is not None)]),
+        keywords=TAGS,
+        citation=CITATION,
+        licence=card.licence,
+        url=card.url,
+    )
+
+
+def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+    """A Markdown table; cells hold no line breaks and no bars."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+
+
+def _escaped(text: str) -> str:
+    """A line of text as Markdown that shows just this text, URLs as links."""
+    parts = LINK.split(" ".join(text.split()))
+    return "".join(f"<{part}>" if n % 2 else MARKUP.sub(r"\\\g<0>", part) for n, part in enumerate(parts))

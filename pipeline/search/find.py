@@ -1,0 +1,81 @@
+"""The boundary search for any classifier, without parameters, files or datasets."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.search.boundary import TOLERANCE, LogitsFunction, Problem, SearchResult, logits_in_batches
+from pipeline.search.newton import NewtonSearch
+
+
+@torch.no_grad()
+def find_boundary(
+    model: nn.Module | LogitsFunction,
+    images: Tensor,
+    base: Tensor | None = None,
+    target: Tensor | None = None,
+    *,
+    tolerance: float = TOLERANCE,
+    max_gradients: int = 20,
+    batch_size: int = 256,
+) -> SearchResult:
+    """Find a sample near each image on the decision boundary between two classes of a model.
+
+    The sample is `images + result.perturbation`; it is on the boundary where `result.status` is `Status.CONVERGED`.
+    A module is asked in evaluation mode, and left in the mode it was in; its weights get no gradients.
+
+    Args:
+        model: from pixels (n, C, H, W) in [0, 1] to logits (n, classes), differentiable; it normalises by itself.
+        images: (N, C, H, W) float32 in [0, 1], on the model's device.
+        base: (N,) int64; by default the classes that the model predicts. Where it predicts another class, nothing is
+            sought, and the status is `Status.BASE_MISCLASSIFIED`.
+        target: (N,) int64, the classes on the other side; by default the best one but the base class.
+        tolerance: the largest probability margin tanh(|m| / 2) of a converged sample, m being the logit margin.
+        max_gradients: gradient evaluations for each image.
+        batch_size: images per pass.
+
+    Raises:
+        ValueError: the arguments do not fit each other, or images are outside [0, 1].
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+        >>> _ = model[1].weight.data.copy_(torch.tensor([[4.0, 0.0], [-4.0, 0.0]]))
+        >>> _ = model[1].bias.data.copy_(torch.tensor([-2.0, 2.0]))  # the boundary is where the first pixel is 0.5
+        >>> found = find_boundary(model, torch.tensor([[[[0.9, 0.4]]]]))
+        >>> found.status, found.perturbation.flatten()
+        (tensor([0], dtype=torch.uint8), tensor([-0.4000,  0.0000]))
+    """
+    with _evaluated(model):
+        logits = logits_in_batches(model, images, batch_size)
+        base = logits.argmax(1) if base is None else base
+        target = logits.scatter(1, base[:, None], -torch.inf).argmax(1) if target is None else target
+        return NewtonSearch(max_gradients=max_gradients, quantise=False)(
+            Problem(
+                images=images,
+                base=base,
+                target=target,
+                logits=logits,
+                reference=model,
+                fast=model,
+                tolerance=tolerance,
+                batch_size=batch_size,
+            )
+        )
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module | LogitsFunction) -> Iterator[None]:
+    """Let a module be in evaluation mode for a while."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    training = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode

@@ -1,0 +1,194 @@
+"""Is a dataset whole, and is what is in it possible? Its files may come from a stranger."""
+
+from __future__ import annotations
+
+import contextlib
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.core.errors import ShardError, shown
+from pipeline.core.status import Status
+from pipeline.shards.file import ChunkCache, ShardFile, open_shard
+from pipeline.shards.folder import Folder, LocalFolder, as_folder, digest_of
+from pipeline.shards.format import attributes_of, count_statuses
+from pipeline.shards.manifest import Manifest, ShardEntry
+
+# Columns whose values are looked at, all rows at once, and a few rows at a time.
+SMALL = (
+    "index",
+    "label",
+    "crop",
+    "flip",
+    "teacher_logits",
+    "target",
+    "delta_scale",
+    "boundary_logits",
+    "margin",
+    "distance",
+    "status",
+)
+SAMPLES = ("image", "delta", "delta_scale", "distance", "status")
+BLOCK_BYTES = 1 << 22  # of samples in memory
+CLOSE = 1e-3  # relative to the logits: rounding of a margin
+
+
+def check_shard(directory: Path | Folder, manifest: Manifest, shard: ShardEntry) -> None:
+    """Check one file against the manifest: size and digest first, then how it is stored, then its values.
+
+    Raises:
+        ShardError: names the file and what is wrong.
+    """
+    folder = as_folder(directory)
+    checked_shard(folder, manifest, shard).close()
+
+
+def checked_shard(folder: Folder, manifest: Manifest, shard: ShardEntry, cache: ChunkCache | None = None) -> ShardFile:
+    """As `check_shard`; returns the file, still open: what is read of it later is what was checked."""
+    path = f"{folder}/{shard.name}"
+    with contextlib.ExitStack() as stack:
+        try:
+            source = folder.open(shard.name)
+            stack.callback(source.close)
+            if source.size != shard.bytes:
+                raise ShardError(f"{path}: has {source.size} bytes, the manifest says {shard.bytes}")
+            if digest_of(source) != shard.sha256:
+                raise ShardError(f"{path}: its sha256 is not the manifest's: the content has changed")
+        except FileNotFoundError:
+            raise ShardError(f"{path}: missing") from None
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be read ({error})") from None
+        file = ShardFile(source, path, None, attributes_of(manifest.fingerprint, shard.view, shard.block), cache)
+        check_contents(file, manifest, shard)
+        stack.pop_all()  # it stays open
+    return file
+
+
+def check_contents(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> None:
+    """The part of `check_shard` that looks into an open file: its columns, then their values."""
+    check_layout(file, manifest, shard)
+    file.check_chunks()
+    _check_values({name: file.read(name) for name in SMALL}, manifest, shard, file.place)
+    _check_samples(file, manifest, shard)
+
+
+def check_layout(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> None:
+    """Refuse a file whose columns are not those of the manifest, in dtype and shape."""
+    different = sorted(set(file.names) ^ set(manifest.columns))
+    if different:
+        raise ShardError(f"{file.place}: columns are not the manifest's: {', '.join(map(ascii, different))}")
+    for name, column in manifest.columns.items():
+        expected = np.dtype(column.dtype), (shard.rows, *column.shape)
+        if file.layout(name) != expected:
+            given = " ".join(map(str, file.layout(name)))
+            raise ShardError(f"{file.place}: column '{name}' is {given}, expected {' '.join(map(str, expected))}")
+
+
+def _check_values(columns: dict[str, NDArray[Any]], manifest: Manifest, shard: ShardEntry, path: str) -> None:
+    """Refuse values that no attack gives; those of images and perturbations are looked at by `_check_samples`."""
+    classes, status = len(manifest.class_names), columns["status"]
+    label, target = columns["label"], columns["target"].astype(np.int64)
+    done, skipped = status == Status.CONVERGED, status == Status.BASE_MISCLASSIFIED
+    logits, margin = columns["boundary_logits"], columns["margin"]
+
+    def within(name: str, lowest: float, largest: float) -> bool:
+        return bool(((columns[name] >= lowest) & (columns[name] <= largest)).all())
+
+    ordered = np.sort(target, axis=1)
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    finite = np.isfinite(logits).all(-1) & np.isfinite(margin)
+    sound = {
+        "index": _is_index(columns["index"], manifest, shard),
+        "label": within("label", 0, classes - 1),
+        "crop": within("crop", 0, 2 * manifest.augmentation.padding),
+        "flip": within("flip", 0, int(manifest.augmentation.flip)),
+        "status": within("status", 0, max(Status)),
+        "target": within("target", -1, classes - 1) and np.array_equal(target < 0, skipped) and not repeated.any(),
+        "teacher_logits": bool(np.isfinite(columns["teacher_logits"]).all()),
+        "boundary_logits": bool((finite | (status == Status.BAD_GRADIENT)).all()),
+        "delta_scale": within("delta_scale", 0, 1) and not columns["delta_scale"][skipped].any(),
+        "distance": within("distance", 0, 1e9) and not columns["distance"][skipped].any(),
+    }
+    for name, is_sound in sound.items():
+        if not is_sound:
+            raise ShardError(f"{path}: column '{name}' holds values that are not possible")
+    if ((target == label[:, None]) & ~skipped).any():
+        raise ShardError(f"{path}: column 'target' names the base class")
+    pair = np.stack([np.broadcast_to(label[:, None], target.shape), np.maximum(target, 0)], -1)
+    base, other = np.moveaxis(np.take_along_axis(logits, pair, -1), -1, 0)
+    if not (np.abs(base - other - margin) <= CLOSE * (1 + np.abs(base)))[done].all():
+        raise ShardError(f"{path}: column 'margin' is not the difference of the logits")
+    others = logits.copy()
+    np.put_along_axis(others, pair, -np.inf, -1)
+    on_top = others.max(-1, initial=-np.inf) <= np.minimum(base, other) + CLOSE
+    if not (on_top & (np.tanh(np.abs(margin) / 2) <= _tolerance(manifest) + CLOSE))[done].all():
+        raise ShardError(f"{path}: column 'status' says of samples that are off the boundary that they converged")
+    if count_statuses(status) != shard.statuses:
+        raise ShardError(f"{path}: column 'status' does not count as the manifest says")
+
+
+def _is_index(index: NDArray[np.int64], manifest: Manifest, shard: ShardEntry) -> bool:
+    """Whether rows are those of the block; a preview has some of them, in any block."""
+    if manifest.is_sample:
+        return bool((index < 2**31).all())
+    start = manifest.starts[shard.view, shard.block]
+    return np.array_equal(index, np.arange(start, start + shard.rows))
+
+
+def _tolerance(manifest: Manifest) -> float:
+    """The largest probability margin of a converged sample, as the manifest says; else any."""
+    tolerance = _attack_parameter(manifest, "tolerance")
+    return float(tolerance) if isinstance(tolerance, float | int) else 1.0
+
+
+def _attack_parameter(manifest: Manifest, name: str) -> Any:
+    attack = manifest.parameters.get("attack")
+    return attack.get(name) if isinstance(attack, dict) else None
+
+
+def _check_samples(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> None:
+    """Refuse perturbations that are not as long as `distance` says, and samples that are no images."""
+    # The rule of Heo et al. leaves the box [0, 1].
+    bounded = not str(_attack_parameter(manifest, "search")).startswith("heo2019")
+    step = max(1, BLOCK_BYTES // (4 * manifest.targets * prod(manifest.image_shape)))
+    for first in range(0, shard.rows, step):
+        rows = {name: file.read(name, first, first + step) for name in SAMPLES if name in manifest.columns}
+        scale, done = rows["delta_scale"], rows["status"] == Status.CONVERGED
+        delta = rows["delta"] * scale[..., None, None, None]
+        length = np.sqrt(np.einsum("rkchw,rkchw->rk", delta, delta))
+        if not np.isclose(length, rows["distance"], rtol=CLOSE, atol=CLOSE)[done].all():
+            raise ShardError(f"{file.place}: column 'distance' is not the length of the perturbations")
+        if bounded and "image" in rows:
+            delta += rows["image"][:, None] / np.float32(255)
+            slack = 0.51 * scale + CLOSE
+            inside = (delta.min((2, 3, 4)) >= -slack) & (delta.max((2, 3, 4)) <= 1 + slack)
+            if not inside[done].all():
+                raise ShardError(f"{file.place}: column 'delta' leads out of the image")
+
+
+def find_problems(directory: Path | Folder, manifest: Manifest) -> list[str]:
+    """Check every file of a dataset; one sentence for each that is wrong, none for a whole dataset."""
+    folder = as_folder(directory)
+    problems = []
+    for shard in manifest.shards:
+        try:
+            check_shard(folder, manifest, shard)
+        except ShardError as error:
+            problems.append(str(error))
+    listed = {shard.name for shard in manifest.shards}
+    if isinstance(folder, LocalFolder):  # servers do not list what they have
+        others = sorted(path for path in folder.path.glob("*.h5") if path.name not in listed)
+        problems += [f"{folder}/{shown(path.name)}: not in the manifest" for path in others]
+    return problems
+
+
+def is_shard(path: Path, fingerprint: str, view: int, block: int) -> bool:
+    """Whether a file says of itself that it is a certain shard."""
+    try:
+        with open_shard(LocalFolder(path.parent), path.name, [], attributes_of(fingerprint, view, block)):
+            return True
+    except ShardError:
+        return False

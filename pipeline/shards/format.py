@@ -1,0 +1,65 @@
+"""The format of a sample dataset: columns and manifest.
+
+A dataset is a directory of HDF5 shards and a `manifest.json`. Everything here works without torch, so a check
+starts at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.core.status import Status
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SHARD_FILES = "view-*-block-*.h5"
+SHARD_NAME = r"view-\d{3,}-block-\d{5,}\.h5"
+
+
+class Column(NamedTuple):
+    """One column of a shard: row-first, `shape` is that of one row."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    meaning: str
+
+
+def columns_of(image_shape: tuple[int, int, int], classes: int, targets: int, embed_images: bool) -> dict[str, Column]:
+    """The columns of a shard, in order, for images of `image_shape` (C, H, W) and `targets` target classes a view."""
+    columns = {
+        "index": Column("uint32", (), "row in the prepared training split"),
+        "label": Column("int64", (), "base class"),
+        "image": Column("uint8", image_shape, "the view"),
+        "crop": Column("int16", (2,), "top and left of the view in the padded image"),
+        "flip": Column("uint8", (), "1 where the view is mirrored left to right"),
+        "teacher_logits": Column("float32", (classes,), "on the view"),
+        "target": Column("int16", (targets,), "target class, -1 without a search"),
+        "delta": Column("int8", (targets, *image_shape), "perturbation divided by delta_scale"),
+        "delta_scale": Column("float32", (targets,), "sample = image / 255 + delta * delta_scale"),
+        "boundary_logits": Column("float32", (targets, classes), "of the teacher, at the stored sample"),
+        "margin": Column("float32", (targets,), "base logit minus target logit, at the stored sample"),
+        "distance": Column("float32", (targets,), "L2 norm of the perturbation in pixel space [0, 1]"),
+        "status": Column("uint8", (targets,), ", ".join(f"{s.value} {s.name.lower()}" for s in Status)),
+        "evaluations": Column("uint16", (targets,), "gradient evaluations of the search"),
+    }
+    if not embed_images:
+        del columns["image"]
+    return columns
+
+
+def shard_name(view: int, block: int) -> str:
+    """The file name of a shard."""
+    return f"view-{view:03d}-block-{block:05d}.h5"
+
+
+def count_statuses(status: NDArray[np.uint8]) -> dict[str, int]:
+    """How many samples ended in each status, by name."""
+    return {s.name.lower(): int(np.count_nonzero(status == s)) for s in Status}
+
+
+def attributes_of(fingerprint: str, view: int, block: int) -> dict[str, Any]:
+    """The attributes of a shard."""
+    return {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "view": view, "block": block}

@@ -1,0 +1,54 @@
+"""What students are trained from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.core.errors import DataError
+from pipeline.images.prepared import Prepared, read_prepared, read_validation
+from pipeline.shards.reader import BoundaryShards
+
+
+class Inputs(NamedTuple):
+    """What students can be trained from; a method needs some of it."""
+
+    train: Prepared | None
+    validation: Prepared | None
+    shards: BoundaryShards | None
+    teacher: Path | None
+    """Read by the methods that need it."""
+
+
+class InputPaths(NamedTuple):
+    """Where the inputs of students are."""
+
+    shards: Path
+    """Directory of the sample dataset."""
+    prepared: Path
+    """Directory of the prepared splits."""
+    teacher: Path
+    """Weights."""
+
+    def absolute(self) -> InputPaths:
+        return InputPaths(*(path.absolute() for path in self))
+
+    def read(self, source: str) -> Inputs:
+        """What methods with a source ('fresh', 'shards' or 'online') need, and prepared splits that are there.
+
+        Raises:
+            PipelineError: something that is needed is missing or damaged.
+        """
+        needed = source != "shards"
+        train, validation = self.prepared / "train.h5", self.prepared / "validation.h5"
+        if needed and not train.exists():
+            raise DataError(
+                f"{train}: no such prepared file, and methods with source '{source}' train on its images: make it with "
+                "python -m stages.prepare, or take a method with source 'shards', which needs the sample dataset alone"
+            )
+        return Inputs(
+            train=read_prepared(train) if needed or train.exists() else None,
+            validation=read_validation(validation) if needed or validation.exists() else None,
+            shards=BoundaryShards(self.shards) if source == "shards" else None,
+            teacher=self.teacher,
+        )

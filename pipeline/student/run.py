@@ -1,0 +1,295 @@
+"""Training students: what a fit follows from, and all seeds of a student by a method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from pipeline.core.errors import DataError, ParameterError
+from pipeline.core.extensions import is_own, own_modules
+from pipeline.core.files import file_digest
+from pipeline.core.parameters import Method, Params, Runtime
+from pipeline.core.provenance import code_digest, fingerprint
+from pipeline.core.store import Store
+from pipeline.images.prepared import Prepared
+from pipeline.machine.device import cpu_threads, one_cpu_thread, search_batch, side_by_side
+from pipeline.machine.forks import run_in_forks
+from pipeline.machine.processes import Processes
+from pipeline.networks.classifier import Architecture, Classifier, architecture_for, build
+from pipeline.networks.fast import frozen
+from pipeline.networks.loading import Loaded, load_with_digest
+from pipeline.networks.weights import load_weights
+from pipeline.search.table import module_of, search_of
+from pipeline.shards.manifest import manifest_digest
+from pipeline.shards.reader import BoundaryShards
+from pipeline.student.inputs import Inputs
+from pipeline.student.online_source import OnlineSource
+from pipeline.student.shard_source import ShardSource
+from pipeline.training.batches import FreshSource, Source
+from pipeline.training.fit import Fit, FitTask, find_fit, fit, processes_of
+from pipeline.training.objective import Objective
+from pipeline.training.term import statuses_of
+
+# The modules that decide what a fit gives: an edit to one of them makes finished fits invalid.
+CODE = ("pipeline.machine.device", "pipeline.networks.classifier", "pipeline.training.fit")
+SOURCE_CODE = {
+    "fresh": "pipeline.training.batches",
+    "shards": "pipeline.student.shard_source",
+    "online": "pipeline.student.online_source",
+}
+
+
+def fit_code(student: str, method: Method, search: str, teacher: str | None) -> str:
+    """Return the digest of the code that decides a fit.
+
+    Args:
+        student: name of the network.
+        method: how it is trained.
+        search: name of the search, which counts where the method searches while it trains.
+        teacher: name of its network where the method reads the teacher itself.
+    """
+    modules = [*CODE, SOURCE_CODE[method.source]]
+    modules += [f"pipeline.losses.{name}" for name in method.losses if not is_own(name)]
+    modules += own_modules(student, *method.losses, *filter(None, [teacher]))
+    if _searches_online(method):
+        modules.append(module_of(search))
+    return code_digest(*dict.fromkeys(modules), alone=("pipeline.student.run",))
+
+
+def _searches_online(method: Method) -> bool:
+    return method.source == "online" and bool(statuses_of(method.losses))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentRun:
+    """Fits of one student network by one method, one for each seed."""
+
+    name: str
+    """STUDENT-METHOD."""
+    params: Params
+    method: Method
+    architecture: Architecture
+    teacher: Loaded | None
+    """Where the method reads the teacher itself."""
+    inputs: Inputs
+    reads: dict[str, Any]
+    """What a fit follows from, beside architecture and seed: parameters, and digests of inputs and code."""
+    processes: Processes
+    """Where to train."""
+    store: Store
+    """Where finished fits are kept."""
+
+    @classmethod
+    def of(
+        cls, params: Params, student: str, method: str, inputs: Inputs, processes: Processes, store: Store
+    ) -> StudentRun:
+        """Put together what a student's fits need, and check that it fits, before any training.
+
+        Args:
+            params: all parameters.
+            student: name of the network.
+            method: name of an entry of `params.method`.
+            inputs: what is at hand.
+            processes: where to train.
+            store: where finished fits are kept.
+
+        Raises:
+            DataError: the method needs an input that is not at hand, or inputs do not belong together.
+            ParameterError: the method cannot train this network.
+        """
+        name, chosen = f"{student}-{method}", params.method[method]
+        architecture = _architecture_of(student, name, chosen, inputs)
+        teacher = _teacher_of(name, chosen, inputs)
+        run = cls(
+            name=name,
+            params=params,
+            method=chosen,
+            architecture=architecture,
+            teacher=teacher,
+            inputs=inputs,
+            reads=_reads_of(params, chosen, architecture, teacher, inputs),
+            processes=processes,
+            store=store,
+        )
+        run._check()
+        return run
+
+    def _check(self) -> None:
+        """Refuse data of another kind, layers that do not match and stages that cannot be."""
+        if self.inputs.validation is not None:
+            _check_validation(self.name, self.inputs.validation, self.architecture)
+        if not self.method.reads_features:
+            return
+        with one_cpu_thread(), torch.random.fork_rng(devices=[]):  # forks may follow
+            objective = self._objective(build(self.architecture))
+        objective.moment(0, self.params.training.epochs)
+        if objective.first_stage and self.processes.several:
+            raise ParameterError(
+                f"{self.name}: a method with a first stage trains on one device: set runtime.devices to 1"
+            )
+
+    def _objective(self, student: Classifier) -> Objective:
+        if not self.method.reads_features or self.teacher is None:
+            return Objective(student, self.method.losses)
+        return Objective(student, self.method.losses, frozen(self.teacher.model, self.processes.device))
+
+    def fit(self, seed: int, bar_position: int | None = 0) -> Fit:
+        """Train with one seed, or find the finished run; the progress bar goes so many lines down, None for no bar."""
+        task = FitTask(
+            key=self.key(seed),
+            architecture=self.architecture,
+            source=partial(self._source, seed),
+            objective=self._objective,
+            training=self.params.training,
+            seed=seed,
+            validation=self.inputs.validation,
+            description=f"{self.name} seed {seed}",
+        )
+        return fit(task, self.processes, self.store, bar_position)
+
+    def key(self, seed: int) -> str:
+        """Return the fingerprint of the run with a seed."""
+        return fingerprint(self.architecture._asdict(), self.reads, seed, *processes_of(self.processes))
+
+    def unfinished(self) -> list[int]:
+        """Return the seeds without a finished run."""
+        return [seed for seed in range(self.params.seeds) if find_fit(self.store, self.key(seed)) is None]
+
+    def fit_all(self) -> list[Fit]:
+        """Train with all seeds, or find the finished runs; on a CPU side by side, in forks of this process."""
+        runtime, unfinished = self.params.runtime, self.unfinished()
+        workers = side_by_side(runtime, self.processes.device)
+        if not self.processes.several and workers > 1 and unfinished:
+            self.processes.start()  # what it imports is imported here, once for all forks
+            torch.set_num_threads(1)  # OpenMP's threads do not live on in a fork, which would wait for them for ever
+            if self.method.source == "shards":
+                self._shards  # noqa: B018 (loaded here, the pages are shared by all workers)
+            try:
+                for _ in run_in_forks([partial(self._fit_in_fork, seed) for seed in unfinished], workers):
+                    pass
+            finally:
+                torch.set_num_threads(cpu_threads(runtime))
+        fits = [self.fit(seed) for seed in range(self.params.seeds)]
+        self.__dict__.pop("_shards", None)  # others may need the memory
+        return [fit._replace(reused=seed not in unfinished) for seed, fit in enumerate(fits)]
+
+    def _fit_in_fork(self, seed: int, slot: int) -> None:
+        torch.set_num_threads(threads_each(self.params.runtime, self.processes.device))
+        self.fit(seed, slot)
+
+    def _source(self, seed: int) -> Source:
+        batch_size, device = self.params.training.batch_size, self.processes.device
+        if self.method.source == "shards":
+            return self._shards.for_seed(seed)
+        train = _needed(self.inputs.train, self.name, self.method, "prepared training data")
+        fresh = FreshSource(train, self.params.views, seed, batch_size, device)
+        if self.teacher is None:
+            return fresh
+        search = search_of(self.teacher.model, self.params.search, search_batch(self.params.runtime, device), device)
+        return OnlineSource(fresh, search, statuses_of(self.method.losses))
+
+    @cached_property
+    def _shards(self) -> ShardSource:
+        """The shards, loaded once for all seeds."""
+        return ShardSource(
+            _needed(self.inputs.shards, self.name, self.method, "a sample dataset"),
+            0,
+            self.params.training.batch_size,
+            self.processes.device,
+            statuses_of(self.method.losses),
+            train=self.inputs.train,
+        )
+
+
+Needed = TypeVar("Needed")
+
+
+def _needed(value: Needed | None, name: str, method: Method, what: str) -> Needed:
+    """Return an input, refused when it is not there."""
+    if value is None:
+        raise DataError(f"{name}: needs {what} (source '{method.source}'), which is not there")
+    return value
+
+
+def _architecture_of(student: str, name: str, method: Method, inputs: Inputs) -> Architecture:
+    """Return the student's architecture, for the images of the source."""
+    if method.source != "shards":
+        return architecture_for(student, _needed(inputs.train, name, method, "prepared training data"))
+    manifest = _needed(inputs.shards, name, method, "a sample dataset").manifest
+    classes = len(manifest.class_names)
+    return Architecture(student, classes, manifest.image_shape, tuple(manifest.mean), tuple(manifest.std))
+
+
+def _teacher_of(name: str, method: Method, inputs: Inputs) -> Loaded | None:
+    """Read the teacher itself, for its features or its search; None where its logits in the shards are enough."""
+    if method.source == "online":
+        train = _needed(inputs.train, name, method, "prepared training data")
+        return load_with_digest(_needed(inputs.teacher, name, method, "a teacher"), train, "teacher")
+    if method.source != "shards" or not method.reads_features:
+        return None
+    return _teacher_of_shards(
+        name,
+        _needed(inputs.shards, name, method, "a sample dataset"),
+        _needed(inputs.teacher, name, method, "a teacher"),
+    )
+
+
+def _teacher_of_shards(name: str, shards: BoundaryShards, path: Path) -> Loaded:
+    """Read the teacher, which must be the one that the samples are of."""
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file, and {name} reads the teacher's features, which are not in the shards: put "
+            "the teacher of the samples there, or take a method that reads logits alone, as hinton, dkd or bss"
+        )
+    digest = file_digest(path)
+    if digest != shards.manifest.digests.teacher:
+        raise DataError(
+            f"{path}: not the teacher of the samples in {shards.directory}, and {name} reads its features: "
+            "take the teacher that they were made with, or make samples of this one with python -m stages.attack"
+        )
+    return Loaded(load_weights(path), digest)
+
+
+def _reads_of(
+    params: Params, method: Method, architecture: Architecture, teacher: Loaded | None, inputs: Inputs
+) -> dict[str, Any]:
+    """Return all that a fit follows from, beside architecture and seed."""
+    network = None if teacher is None else teacher.model.architecture.network
+    reads: dict[str, Any] = {
+        "method": method.model_dump(),
+        "training": params.training.model_dump(),
+        "code": fit_code(architecture.network, method, params.search.name, network),
+    }
+    if method.source == "shards" and inputs.shards is not None:
+        reads["shards"] = manifest_digest(inputs.shards.manifest)
+    elif inputs.train is not None:
+        reads |= {"train": inputs.train.digest, "views": params.views.model_dump()}
+    if teacher is not None:
+        reads["teacher"] = teacher.digest
+    if _searches_online(method):
+        reads["search"] = params.search.model_dump()
+    if inputs.validation is not None:
+        reads["validation"] = inputs.validation.digest  # in the curve only
+    return reads
+
+
+def _check_validation(name: str, validation: Prepared, architecture: Architecture) -> None:
+    classes, shape = len(validation.class_names), validation.image_shape
+    if (classes, shape) != (architecture.classes, architecture.image_shape):
+        raise DataError(
+            f"{name}: the validation split has {classes} classes of images {shape}, the training data "
+            f"{architecture.classes} of {architecture.image_shape}: they are not of one dataset"
+        )
+
+
+def threads_each(runtime: Runtime, device: torch.device) -> int:
+    """Return how many CPU threads each of several fits has.
+
+    It does not depend on how many seeds there are, what is finished already or where a run is trained: it may change a
+    result by rounding.
+    """
+    return max(1, cpu_threads(runtime) // side_by_side(runtime, device))

@@ -1,0 +1,183 @@
+"""Batches from published shards: resident on the device, or read ahead; the same batches either way."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.core.errors import ShardError
+from pipeline.core.status import Status
+from pipeline.images.pixels import pixels
+from pipeline.images.prepared import Prepared
+from pipeline.images.views import apply_views
+from pipeline.search.boundary import is_any_of
+from pipeline.shards.manifest import ShardEntry
+from pipeline.shards.order import Window, plan_epoch
+from pipeline.shards.reader import BoundaryShards, samples_of
+from pipeline.training.batches import BoundaryBatch, BoundarySamples, TeacherBatch, batches_of
+
+RESIDENT_SHARE = 0.5  # of the free memory may be taken for shards
+
+
+class ShardSource:
+    """The views and boundary-supporting samples of published shards.
+
+    All shards are kept on the device when they fit into its memory; otherwise they are read ahead, window by window.
+    Batches are the same either way.
+
+    Args:
+        shards: the dataset.
+        seed: of order and choice of views.
+        batch_size: rows of a batch.
+        device: where batches are needed.
+        statuses: how the searches of the boundary-supporting samples that are used may have ended; none are read
+            without any.
+        train: the prepared training split, needed when the shards do not embed their images.
+        resident: keep all shards on the device; by default, if they fit.
+    """
+
+    def __init__(
+        self,
+        shards: BoundaryShards,
+        seed: int,
+        batch_size: int,
+        device: torch.device,
+        statuses: tuple[Status, ...] = (),
+        train: Prepared | None = None,
+        resident: bool | None = None,
+    ) -> None:
+        self.shards, self.seed, self.batch_size, self.device = shards, seed, batch_size, device
+        self.rows = shards.manifest.rows
+        self.train, self.statuses = train, statuses
+        self.columns = ["label", "teacher_logits"]
+        self.columns += ["image"] if "image" in shards.manifest.columns else ["index", "crop", "flip"]
+        if statuses:
+            self.columns += ["status", "delta", "delta_scale", "boundary_logits"]
+        if "index" in self.columns:
+            self._check_train()
+        if resident is None:
+            resident = self._bytes() <= RESIDENT_SHARE * free_memory(device)
+        self._starts: dict[str, int] = {}
+        self._resident = self._load_all() if resident else None
+
+    def for_seed(self, seed: int) -> ShardSource:
+        """The same shards, without loading them again, in the order of another seed."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
+
+    def epoch(self, epoch: int) -> Iterator[TeacherBatch]:
+        generator = np.random.default_rng((self.seed, 3, epoch))
+        rest: dict[str, Tensor] = {}
+        waiting = torch.empty(0, dtype=torch.int64, device=self.device)
+        windows = plan_epoch(self.shards, self.seed, epoch)
+        for number, (columns, rows) in enumerate(self._windows(windows)):
+            if self._resident is None and rest:  # rows left over from the last window come first
+                columns = {name: torch.cat([rest[name], columns[name]]) for name in columns}
+                rows = rows + len(waiting)
+                waiting = torch.arange(len(waiting), device=self.device)
+            rows = torch.cat([waiting, rows])
+            last = number == len(windows) - 1
+            # At least one row waits for the next window: the last batch must not be a single row.
+            end = len(rows) if last else (len(rows) - 1) // self.batch_size * self.batch_size
+            for batch in batches_of(end, self.batch_size):
+                yield self._batch(columns, rows[batch], generator)
+            waiting = rows[end:]
+            if self._resident is None:
+                rest = {name: column[waiting] for name, column in columns.items()}
+
+    def _windows(self, windows: list[Window]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Columns of each window, on the device, and the order of the rows to take from them."""
+        if self._resident is not None:
+            for window in windows:
+                rows = [np.arange(shard.rows) + self._starts[shard.name] for shard in window.shards]
+                yield self._resident, torch.from_numpy(np.concatenate(rows)[window.order]).to(self.device)
+            return
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self._read, windows[0].shards)
+            for number, window in enumerate(windows):
+                columns = ahead.result()
+                if number + 1 < len(windows):
+                    ahead = reader.submit(self._read, windows[number + 1].shards)
+                on_device = {name: column.to(self.device, non_blocking=True) for name, column in columns.items()}
+                yield on_device, torch.from_numpy(window.order).to(self.device)
+
+    def _batch(self, columns: dict[str, Tensor], rows: Tensor, generator: np.random.Generator) -> TeacherBatch:
+        images = pixels(columns["image"][rows])
+        labels, logits = columns["label"][rows], columns["teacher_logits"][rows]
+        if "status" not in columns:
+            return TeacherBatch(images=images, labels=labels, teacher_logits=logits)
+        usable = is_any_of(columns["status"][rows], self.statuses)
+        # With several targets, one of the usable ones is taken, at random.
+        noise = torch.from_numpy(generator.random(usable.shape, np.float32)).to(self.device)
+        choice = torch.where(usable, noise, -1.0).argmax(1)
+        return BoundaryBatch(
+            images=images,
+            labels=labels,
+            teacher_logits=logits,
+            usable=usable.any(1),
+            boundary=_StoredSamples(columns, rows, usable.any(1), choice),
+        )
+
+    def _read(self, shards: list[ShardEntry]) -> dict[str, Tensor]:
+        parts = [self.shards.read(shard, self.columns) for shard in shards]
+        columns = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in self.columns}
+        if self.train is not None and "image" not in columns:
+            index = columns.pop("index")
+            if len(index) and int(index.max()) >= len(self.train.labels):
+                raise ShardError(f"{self.shards.directory}: column 'index' names images that the training data lacks")
+            images = torch.from_numpy(self.train.images)[index]
+            padding = self.shards.manifest.augmentation.padding
+            columns["image"] = apply_views(images, columns.pop("crop"), columns.pop("flip"), padding)
+        return columns
+
+    def _load_all(self) -> dict[str, Tensor]:
+        start = 0
+        for shard in self.shards.manifest.shards:
+            self._starts[shard.name] = start
+            start += shard.rows
+        parts = [self._read([shard]) for shard in self.shards.manifest.shards]
+        return {name: torch.cat([part[name].to(self.device) for part in parts]) for name in parts[0]}
+
+    def _bytes(self) -> int:
+        manifest = self.shards.manifest
+        columns = {name: manifest.columns[name] for name in self.columns}
+        row = sum(np.dtype(c.dtype).itemsize * int(np.prod(c.shape, dtype=np.int64)) for c in columns.values())
+        return manifest.totals.rows * (row + int(np.prod(manifest.image_shape)))
+
+    def _check_train(self) -> None:
+        if self.train is None:
+            raise ShardError(
+                f"{self.shards.directory}: the shards do not embed their images (attack.embed_images), so the prepared "
+                "training data is needed"
+            )
+        if self.train.digest != self.shards.manifest.digests.train:
+            raise ShardError(f"{self.shards.directory}: the shards were made from other training data")
+
+
+class _StoredSamples:
+    """The boundary-supporting samples of the rows of a batch, put together from columns when they are needed."""
+
+    def __init__(self, columns: dict[str, Tensor], rows: Tensor, usable: Tensor, choice: Tensor) -> None:
+        self.columns, self.rows, self.usable, self.choice = columns, rows, usable, choice
+
+    def samples_of(self, rows: Tensor) -> BoundarySamples:
+        columns, at, usable = self.columns, (self.rows[rows], self.choice[rows]), self.usable[rows]
+        # Fillers go through the network too: with their image and its logits, which are finite.
+        scale = torch.where(usable, columns["delta_scale"][at], 0)
+        logits = torch.where(usable[:, None], columns["boundary_logits"][at], columns["teacher_logits"][at[0]])
+        samples = samples_of(columns["image"][at[0]], columns["delta"][at], scale)
+        return BoundarySamples(samples=samples, teacher_logits=logits, usable=usable)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, or in this machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,102 @@
+"""Training students on the workers of a cluster: paths and a seed in, a finished run in the store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from pipeline.core.errors import WorkerError
+from pipeline.core.parameters import Params, check_params
+from pipeline.core.store import Store
+from pipeline.machine.cluster import on_workers
+from pipeline.machine.device import set_up_device
+from pipeline.machine.processes import Processes
+from pipeline.student.inputs import InputPaths, Inputs
+from pipeline.student.run import StudentRun, threads_each
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+class Job(NamedTuple):
+    """What a worker needs to train any student."""
+
+    params: str
+    """All parameters as JSON."""
+    inputs: InputPaths
+    """Paths are absolute."""
+    store: Path
+    threads: int
+    """Of the CPU, for each run: as many as a run has on the client."""
+
+
+class SeedRun(NamedTuple):
+    """One run."""
+
+    student: str
+    method: str
+    seed: int
+    key: str
+    """Its fingerprint, as the client sees it."""
+
+
+def fit_on_workers(
+    client: Client,
+    params: Params,
+    inputs: InputPaths,
+    store: Store,
+    runs: list[SeedRun],
+    say: Callable[[str], None],
+) -> Iterator[SeedRun]:
+    """Train with workers until every run is finished in the store: each as in a process of its own, in any order."""
+    job = Job(
+        params.model_dump_json(),
+        inputs.absolute(),
+        store.root.absolute(),
+        threads_each(params.runtime, set_up_device(params.runtime)),
+    )
+    yield from on_workers(client, partial(fit_one, job), runs, say)
+
+
+def fit_one(job: Job, wanted: SeedRun) -> SeedRun:
+    """Train one student with one seed, on a worker.
+
+    Raises:
+        WorkerError: the worker has other files or other code than the client.
+    """
+    torch.set_num_threads(job.threads)
+    if (
+        _run(job, wanted.student, wanted.method).key(wanted.seed) != wanted.key
+    ):  # what it has read may be of an earlier run
+        _run.cache_clear()
+        _inputs.cache_clear()
+    run = _run(job, wanted.student, wanted.method)
+    if run.key(wanted.seed) != wanted.key:
+        files = ", ".join(map(str, job.inputs))
+        raise WorkerError(f"a worker has other code or other files ({files}) than this machine: restart it")
+    run.fit(wanted.seed, bar_position=None)
+    return wanted
+
+
+@lru_cache(maxsize=1)
+def _run(job: Job, student: str, method: str) -> StudentRun:
+    """Shards are loaded once for all seeds in a row."""
+    params = _params(job)
+    processes = Processes(params.runtime, params.training.precision)
+    inputs = _inputs(job, params.method[method].source)
+    return StudentRun.of(params, student, method, inputs, processes, Store(job.store))
+
+
+@lru_cache(maxsize=3)
+def _inputs(job: Job, source: str) -> Inputs:
+    return job.inputs.read(source)
+
+
+def _params(job: Job) -> Params:
+    params = check_params(json.loads(job.params), "the client's parameters")
+    return params.model_copy(update={"runtime": params.runtime.model_copy(update={"threads": job.threads})})

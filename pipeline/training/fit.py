@@ -1,0 +1,235 @@
+"""One fit loop for teacher and students, with checkpoints, and finished fits kept by fingerprint."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.core.errors import TrainingError
+from pipeline.core.files import write_atomically, write_json
+from pipeline.core.parameters import Training
+from pipeline.core.store import Store
+from pipeline.images.prepared import Prepared
+from pipeline.machine.processes import Processes
+from pipeline.networks.classifier import Architecture, Classifier, build, move_to_
+from pipeline.networks.predict import accuracy
+from pipeline.networks.weights import save_weights
+from pipeline.training.batches import Source
+from pipeline.training.objective import Moment, Objective
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+CHECKPOINT_SECONDS = 5.0
+DIGEST_BYTES = sha256().digest_size  # before the content of a checkpoint
+WEIGHTS, CURVE = "weights.safetensors", "curve.json"
+CURVE_COLUMNS = ["epoch", "learning_rate", "loss", "validation_accuracy"]
+
+
+class Fit(NamedTuple):
+    """A finished training run."""
+
+    weights: Path
+    """Safetensors file in the store."""
+    curve: list[dict[str, float]]
+    """One row an epoch: epoch, learning_rate, loss, and validation_accuracy where there is a validation split."""
+    reused: bool
+    """It was finished before."""
+
+
+def learning_rate(training: Training, moment: Moment) -> float:
+    """The rate of an epoch: divided at each milestone that is passed in its stage, which begins with the whole rate."""
+    passed = sum(moment.epoch >= round(milestone * moment.epochs, 6) for milestone in training.milestones)
+    return training.learning_rate / training.divisor**passed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitTask:
+    """One training run."""
+
+    key: str
+    """Fingerprint of everything that decides the result."""
+    architecture: Architecture
+    source: Callable[[], Source]
+    """Makes the source of batches; not called for a finished run."""
+    objective: Callable[[Classifier], Objective]
+    """Of the network to train, what it minimises."""
+    training: Training
+    """Schedule and optimiser."""
+    seed: int
+    """Of the first weights."""
+    validation: Prepared | None
+    """For the curve only; nothing is chosen by it."""
+    description: str
+    """For progress."""
+
+
+def fit(task: FitTask, processes: Processes, store: Store, bar_position: int | None = 0) -> Fit:
+    """Train a network from scratch, or return the finished run of the same fingerprint.
+
+    Several processes share each batch and end with the same weights; the first one writes the files. The mean of their
+    gradients is that of the whole batch, but batch norm normalises each share by itself (the first process's running
+    statistics are saved), and BSS chooses its samples within each share.
+
+    Args:
+        task: what to train.
+        processes: where to train; not started for a finished run.
+        store: where checkpoints and finished runs are kept.
+        bar_position: lines below the cursor at which the progress bar is drawn; None for no bar.
+
+    Raises:
+        TrainingError: the loss is not finite; the last checkpoint is kept.
+        ParameterError: the objective cannot be had with this network.
+    """
+    key = task.key
+    finished = find_fit(store, key)
+    if finished:
+        return finished
+    fabric = processes.start()
+    torch.manual_seed(task.seed)
+    classifier = build(task.architecture)
+    # After the network: its first weights are those of its seed, whatever it minimises.
+    objective = task.objective(classifier)
+    run = _Run(fabric, classifier, objective, task.training, store.path(f"{key}/checkpoint.pt"))
+    curve = run.train(task, bar_position)
+    if fabric.is_global_zero:
+        save_weights(classifier, store.path(f"{key}/{WEIGHTS}"))
+        write_json(store.path(f"{key}/{CURVE}"), curve)
+        for name in (WEIGHTS, CURVE):
+            store.seal(f"{key}/{name}")
+        store.path(f"{key}/checkpoint.pt").unlink(missing_ok=True)
+        store.sweep(key)
+    fabric.barrier()
+    return Fit(store.path(f"{key}/{WEIGHTS}"), curve, reused=False)
+
+
+def processes_of(processes: Processes) -> list[int]:
+    """What several processes add to the fingerprint of a fit; nothing for one."""
+    return [processes.count] if processes.several else []
+
+
+def find_fit(store: Store, key: str) -> Fit | None:
+    """The finished run of a fingerprint, if there is one."""
+    weights, curve = store.find(f"{key}/{WEIGHTS}"), store.find(f"{key}/{CURVE}")
+    return Fit(weights, json.loads(curve.read_text()), reused=True) if weights and curve else None
+
+
+class _Run:
+    """A network in training, with its optimiser, schedule and checkpoint."""
+
+    def __init__(
+        self, fabric: Fabric, classifier: Classifier, objective: Objective, training: Training, checkpoint: Path
+    ) -> None:
+        classifier = move_to_(classifier, fabric.device)
+        objective.terms.to(fabric.device)
+        optimizer = torch.optim.SGD(
+            [*classifier.parameters(), *objective.terms.parameters()],
+            training.learning_rate,
+            training.momentum,
+            weight_decay=training.weight_decay,
+        )
+        self.fabric, self.objective, self.training, self.checkpoint = fabric, objective, training, checkpoint
+        self.classifier = classifier
+        self.model, self.optimizer = fabric.setup(classifier, optimizer)
+        self.curve: list[dict[str, float]] = []
+        self.saved = time.monotonic()
+
+    def train(self, task: FitTask, bar_position: int | None) -> list[dict[str, float]]:
+        """Train all epochs that are missing; returns the curve."""
+        self._resume()
+        source, epochs = task.source(), self.training.epochs
+        with tqdm(
+            total=epochs,
+            initial=len(self.curve),
+            desc=task.description,
+            unit="epoch",
+            position=bar_position,
+            disable=None if self.fabric.is_global_zero and bar_position is not None else True,
+            leave=False,
+        ) as bar:
+            for epoch in range(len(self.curve), epochs):
+                # For layers that draw, such as dropout: in every process something else.
+                torch.manual_seed(task.seed * epochs + epoch + self.fabric.global_rank)
+                moment = self.objective.moment(epoch, epochs)
+                row = {"epoch": epoch + 1.0, "learning_rate": learning_rate(self.training, moment)}
+                row["loss"] = self._epoch(source, epoch, moment)
+                if task.validation is not None:
+                    row["validation_accuracy"] = accuracy(self.model, task.validation, self.fabric.device)
+                self.curve.append(row)
+                if self.fabric.is_global_zero and time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+                    self._save()
+                bar.update()
+        if not all(torch.isfinite(value).all() for value in self.classifier.state_dict().values()):
+            raise TrainingError(f"{task.description}: the weights are not finite at the end: try a lower learning rate")
+        return self.curve
+
+    def _epoch(self, source: Source, epoch: int, moment: Moment) -> float:
+        """One epoch; the host waits for the device once, at the end. Returns the mean loss of the steps."""
+        self.model.train()
+        if moment.epoch == 0:
+            self.optimizer.state.clear()  # a second stage begins without the first one's momentum
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.training, moment)
+        losses = []
+        for whole in source.epoch(epoch):
+            batch, factor = whole.part(self.fabric.global_rank, self.fabric.world_size)
+            loss = factor * self.objective.loss(self.model, batch, moment)
+            self.optimizer.zero_grad()
+            self.fabric.backward(loss)
+            self.optimizer.step()
+            losses.append(loss.detach())
+        values = cast(Tensor, self.fabric.all_reduce(torch.stack(losses))).double().cpu()
+        if not torch.isfinite(values).all():
+            step = int((~torch.isfinite(values)).int().argmax()) + 1
+            kept = f"; the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else ""
+            raise TrainingError(
+                f"the loss is {values[step - 1]} in epoch {epoch + 1}, step {step}: try a lower learning rate{kept}"
+            )
+        return float(values.mean())
+
+    def _save(self) -> None:
+        state = {
+            "model": self.classifier.state_dict(),
+            "terms": self.objective.terms.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "curve": self.curve,
+        }
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_atomically(self.checkpoint, sha256(content.getvalue()).digest() + content.getvalue())
+        self.saved = time.monotonic()
+
+    def _resume(self) -> None:
+        """Go on from the checkpoint, when there is a whole one."""
+        if not self.checkpoint.exists():
+            return
+        content = self.checkpoint.read_bytes()
+        digest, content = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+        if sha256(content).digest() != digest:
+            return
+        state = torch.load(io.BytesIO(content), map_location=self.fabric.device, weights_only=True)
+        self.classifier.load_state_dict(state["model"])
+        self.objective.terms.load_state_dict(state["terms"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.curve = state["curve"]
+
+
+def curve_csv(curves: Sequence[tuple[dict[str, Any], list[dict[str, float]]]]) -> str:
+    """Curves as CSV text: the columns that name a curve, then its values, one row an epoch."""
+    rows = [{**names, **row, "epoch": int(row["epoch"])} for names, curve in curves for row in curve]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else CURVE_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,110 @@
+"""What a network minimises in training: cross-entropy with the labels, and the losses of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.core.errors import ParameterError
+from pipeline.core.extensions import find_loss
+from pipeline.core.parameters import Section
+from pipeline.networks.classifier import Classifier
+from pipeline.training.batches import Batch
+from pipeline.training.term import FeatureShapes, Step, Term, feature_layers, feature_shapes, recorded
+
+
+class Moment(NamedTuple):
+    """Where in training an epoch is."""
+
+    first_stage: bool
+    """In which one loss is minimised alone."""
+    epoch: int
+    """In its stage, counted from 0."""
+    epochs: int
+    """Of its stage."""
+
+
+class _Stage(NamedTuple):
+    """What is minimised in a stage of training, beside cross-entropy in the last one."""
+
+    terms: list[Term]
+    student_layers: list[str]
+    teacher_layers: list[str]
+
+
+class Objective:
+    """The sum of cross-entropy and terms, in one stage or two.
+
+    Args:
+        network: what is trained; terms look at its layers.
+        losses: parameters of the terms, by name.
+        teacher: the teacher itself, where terms look at its layers.
+
+    Raises:
+        ParameterError: a layer does not exist, or features cannot be matched.
+    """
+
+    def __init__(
+        self,
+        network: Classifier,
+        losses: Mapping[str, Section] | None = None,
+        teacher: Classifier | None = None,
+    ) -> None:
+        losses = losses or {}
+        self.network, self.teacher = network, teacher
+        student_layers, teacher_layers = feature_layers(losses.values())
+        shapes = FeatureShapes(
+            feature_shapes(network, student_layers),
+            feature_shapes(teacher, teacher_layers) if teacher is not None else {},
+        )
+        terms: dict[str, Term] = {name: find_loss(name)(given, shapes) for name, given in losses.items()}
+        self.terms = nn.ModuleList(terms.values())
+        self.first_stage = max((term.first_stage for term in terms.values()), default=0.0)
+        self._stages = {}
+        for first in (True, False):
+            names = [name for name, term in terms.items() if bool(term.first_stage) == first]
+            layers = feature_layers(losses[name] for name in names)
+            self._stages[first] = _Stage([terms[name] for name in names], *layers)
+
+    def moment(self, epoch: int, epochs: int) -> Moment:
+        """Where an epoch of the whole training is, counted from 0. Each stage has at least one epoch.
+
+        Raises:
+            ParameterError: there are not enough epochs for two stages.
+        """
+        first = min(max(1, round(self.first_stage * epochs)), epochs - 1) if self.first_stage else 0
+        if self.first_stage and not first:
+            raise ParameterError("training.epochs: a method with a first stage of its own needs at least 2")
+        return Moment(True, epoch, first) if epoch < first else Moment(False, epoch - first, epochs - first)
+
+    def loss(self, student: nn.Module, batch: Batch, moment: Moment) -> Tensor:
+        """The loss of a batch; `student` is the network, perhaps wrapped for several devices or another precision."""
+        stage = self._stages[moment.first_stage]
+        with recorded(self.network, stage.student_layers) as student_features:
+            logits = student(batch.images)
+        teacher_features = self._of_teacher(batch.images, stage.teacher_layers)
+        progress = moment.epoch / moment.epochs
+        step = Step(
+            student=student,
+            batch=batch,
+            logits=logits,
+            student_features=student_features,
+            teacher_features=teacher_features,
+            progress=progress,
+        )
+        total = logits.new_zeros(()) if moment.first_stage else F.cross_entropy(logits, batch.labels)
+        for term in stage.terms:
+            total = total + term(step)
+        return total
+
+    @torch.no_grad()
+    def _of_teacher(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        if self.teacher is None or not layers:
+            return {}
+        with recorded(self.teacher, layers) as features:
+            self.teacher(images)
+        return features
