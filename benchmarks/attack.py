@@ -26,11 +26,11 @@ from benchmarks.measuring import (
     table,
 )
 from pipeline.attack.columns import Block
+from pipeline.core.status import Status
 from pipeline.machine.device import keep_freed_memory, search_batch
 from pipeline.networks.fast import folded, halved
 from pipeline.search.boundary import judge, margin_of, probability_margin
 from pipeline.search.newton import newton
-from pipeline.core.status import Status
 from pipeline.search.teacher_search import Search
 
 TOLERANCE = 0.02
@@ -67,7 +67,7 @@ class Method(NamedTuple):
 
 
 def ours(fast: Counted, teacher: Counted, todo: Searches, gradients: int, batch: int = 128) -> Tensor:
-    """The default search, with the mean of so many gradients."""
+    """Return the default search, with the mean of so many gradients."""
     found = newton(
         fast,
         todo.images,
@@ -85,7 +85,7 @@ def ours(fast: Counted, teacher: Counted, todo: Searches, gradients: int, batch:
 def plain_loop(
     fast: Counted, teacher: Counted, todo: Searches, frozen: bool, batch: int = 64, steps: int = 10, eta: float = 0.3
 ) -> Tensor:
-    """The rule of Heo et al. (2019) as their training loop runs it: whole batches, until every row has left.
+    """Return the rule of Heo et al. (2019) as their training loop runs it: whole batches, until every row has left.
 
     Args:
         frozen: leave out the gradients of the teacher's weights, which their code computes and does not use.
@@ -117,7 +117,7 @@ def plain_loop(
 def with_foolbox(
     fast: Counted, teacher: Counted, todo: Searches, attack: str, targeted: bool, **options: Any
 ) -> Tensor:
-    """An attack of foolbox, by the name of its class."""
+    """Return an attack of foolbox, by the name of its class."""
     import foolbox
 
     model = foolbox.PyTorchModel(teacher, bounds=(0, 1), device=todo.images.device)
@@ -127,7 +127,7 @@ def with_foolbox(
 
 
 def with_torchattacks(fast: Counted, teacher: Counted, todo: Searches) -> Tensor:
-    """DeepFool of torchattacks, with as many steps as foolbox takes at most."""
+    """Return DeepFool of torchattacks, with as many steps as foolbox takes at most."""
     import torchattacks
 
     samples: Tensor = torchattacks.DeepFool(teacher, steps=50)(todo.images, todo.base)
@@ -183,7 +183,7 @@ def main(runs: int, threads: int, device: str) -> None:
 def _record(
     name: str, todo: Searches, samples: dict[str, Tensor], rates: list[float], equivalents: float
 ) -> dict[str, Any]:
-    """Figures of one method; where the samples are is judged by the teacher, in float32."""
+    """Return figures of one method; where the samples are is judged by the teacher, in float32."""
     found, rows = samples[name], len(samples[name])
     logits, base, target = todo.teacher(found), todo.base[:rows], todo.target[:rows]
     if not METHODS[name].targeted:
@@ -222,7 +222,7 @@ def _row(record: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, str
 
 
 def _targets(device: torch.device, runs: int, rows: int = 512) -> list[dict[str, Any]]:
-    """A block of views with 1, 2 and 4 target classes each, as the attack stage makes it, in turn."""
+    """Return A block of views with 1, 2 and 4 target classes each, as the attack stage makes it, in turn."""
     params, train = benchmark_params(device.type), first_images(real_train(2 * rows), rows)
     block, batch = Block(0, 0, 0, rows), search_batch(params.runtime, device)
     searches = {
@@ -265,7 +265,7 @@ def _targets_row(record: dict[str, Any], records: list[dict[str, Any]]) -> dict[
 
 
 def _gradients(plain: nn.Module, half: nn.Module, todo: Searches, batch: int = 128) -> str:
-    """What a gradient costs on each copy of the network."""
+    """Return what a gradient costs on each copy of the network."""
     part = Searches(todo.teacher, *(tensor[:batch] for tensor in todo[1:]))
 
     def gradient(network: nn.Module) -> None:

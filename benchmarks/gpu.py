@@ -29,11 +29,11 @@ from benchmarks.measuring import (
 from benchmarks.students import epochs_of_sources
 from pipeline.attack.dataset import SampleDataset
 from pipeline.core.files import file_digest
+from pipeline.core.status import Status
 from pipeline.core.store import Store
 from pipeline.machine.device import set_up_device
 from pipeline.networks.fast import folded, halved
 from pipeline.search.boundary import logits_in_batches, margin_of
-from pipeline.core.status import Status
 from pipeline.search.teacher_search import Search
 from pipeline.shards.reader import BoundaryShards, samples_of
 
@@ -74,7 +74,7 @@ def main(device: str, images: int, runs: int) -> None:
 
 
 def _searches(images: int, runs: int, device: torch.device) -> list[dict[str, Any]]:
-    """Rates of the search by batch size, and of the plain loop."""
+    """Return rates of the search by batch size, and of the plain loop."""
     todo = real_searches(images, device)
     half = halved(folded(todo.teacher))
     ways = {

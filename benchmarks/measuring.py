@@ -50,7 +50,7 @@ class Searches(NamedTuple):
 
 
 def real_train(images: int) -> Prepared:
-    """So many CIFAR-10 training images, the same number of each class, in any order.
+    """Return so many CIFAR-10 training images, the same number of each class, in any order.
 
     Raises:
         click.ClickException: the files are not there.
@@ -70,7 +70,7 @@ def real_train(images: int) -> Prepared:
 
 
 def benchmark_params(device: str) -> Params:
-    """The parameters of everything that is measured on CIFAR-10 images."""
+    """Return the parameters of everything that is measured on CIFAR-10 images."""
     params = load_params(ROOT / "params.yaml")
     return params.model_copy(
         update={
@@ -83,21 +83,21 @@ def benchmark_params(device: str) -> Params:
 
 
 def first_images(train: Prepared, count: int) -> Prepared:
-    """A smaller split, with a digest of its own."""
+    """Return A smaller split, with a digest of its own."""
     images, labels = train.images[:count], train.labels[:count]
     digest = content_digest([images], train.image_shape, labels, train.class_names)
     return train._replace(images=images, labels=labels, digest=digest)
 
 
 def real_teacher(device: torch.device) -> Classifier:
-    """The ResNet26 that the authors of the method published."""
+    """Return the ResNet26 that the authors of the method published."""
     architecture = Architecture("resnet26", 10, (3, 32, 32), MEAN, STD)
     return placed(load_weights(WEIGHTS, architecture), device).eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def real_searches(rows: int, device: torch.device, seed: int = 0) -> Searches:
-    """Searches from the first training images that the teacher knows."""
+    """Return searches from the first training images that the teacher knows."""
     train, teacher = real_train(2 * rows), real_teacher(device)
     images = torch.from_numpy(train.images).to(device).float() / 255
     base = torch.from_numpy(train.labels).to(device)
@@ -124,12 +124,12 @@ class Spread(NamedTuple):
         return cls(min(values), statistics.median(values), max(values), len(values))
 
     def text(self, digits: int = 0) -> str:
-        """The median, and the range in brackets."""
+        """Return the median, and the range in brackets."""
         return f"{self.median:,.{digits}f} ({self.minimum:,.{digits}f} to {self.maximum:,.{digits}f})"
 
 
 def seconds_of(function: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
-    """How long a call takes, until the device has done what it was asked to do; and what it returns."""
+    """Return how long a call takes, until the device has done what it was asked to do; and what it returns."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -144,7 +144,7 @@ def seconds_of(function: Callable[[], Result], device: torch.device) -> tuple[fl
 
 
 def machine(device: torch.device) -> str:
-    """What was measured on, for readers of the tables."""
+    """Return what was measured on, for readers of the tables."""
     found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     cpu = f"{len(os.sched_getaffinity(0))} cores of {found[1] if found else platform.processor()}"
     gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
@@ -162,7 +162,7 @@ def publish(name: str, device: torch.device, records: list[dict[str, Any]], text
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """A Markdown table; the first column is of words, the others of figures."""
+    """Return A Markdown table; the first column is of words, the others of figures."""
     names = list(rows[0])
     lines = [f"| {' | '.join(names)} |", f"|---{'|---:' * (len(names) - 1)}|"]
     return "\n".join(lines + [f"| {' | '.join(row[name] for name in names)} |" for row in rows])

@@ -74,7 +74,7 @@ def main(runs: int, growth: bool, large: int) -> None:
 
 
 def _codecs(train: Prepared, folder: Path, runs: int) -> list[dict[str, Any]]:
-    """Rates of each codec, measured in turn on the same rows."""
+    """Return rates of each codec, measured in turn on the same rows."""
     params = load_params(ROOT / "params.yaml")
     search = Search(real_teacher(CPU), params.attack, params.dataset, CPU, 128)
     values = search.shard_values(train, Block(0, 0, 0, ROWS))
@@ -117,7 +117,7 @@ class Found(Search):
         self.values = values
 
     def shard_values(self, train: Prepared, block: Block) -> dict[str, NDArray[Any]]:
-        """What was found."""
+        """Return what was found."""
         return self.values
 
 
@@ -143,7 +143,7 @@ def _batches(shards: BoundaryShards, rows: list[int]) -> int:
 
 
 def _growth(train: Prepared, folder: Path, runs: int) -> list[dict[str, Any]]:
-    """The attack stage on ever more images: the whole command, the same with nothing to do, and searching alone."""
+    """Measure the attack stage on ever more images: the command, the same with nothing to do, searching alone."""
     projects = {count: _project(train, count, folder) for count in SIZES}
     found: dict[int, dict[str, list[float]]] = {count: {} for count in SIZES}
     for _ in tqdm(range(runs), desc="growth", disable=None):
@@ -175,7 +175,7 @@ def _large(train: Prepared, count: int, folder: Path) -> dict[str, Any]:
 
 
 def _workers(train: Prepared, folder: Path, runs: int, count: int = 4000) -> list[dict[str, Any]]:
-    """The attack stage with dask workers beside forks of its own."""
+    """Return the attack stage with dask workers beside forks of its own."""
     project = _project(train, count, folder)
     ways = {
         "1 fork": ("runtime.workers=1",),
@@ -194,7 +194,7 @@ def _workers(train: Prepared, folder: Path, runs: int, count: int = 4000) -> lis
 
 
 def _project(train: Prepared, count: int, folder: Path) -> Path:
-    """A folder in which the attack stage can run on so many images: one view, in shards of 256 for two workers."""
+    """Make a folder in which the attack stage can run on so many images: one view, in shards of 256."""
     project = folder / f"images-{count}"
     if not project.is_dir():
         write_prepared(project / "data/prepared/train.h5", first_images(train, count))
@@ -214,7 +214,7 @@ class Ran(NamedTuple):
 
 
 def _stage(project: Path, *options: str) -> Ran:
-    """The attack stage, in a process of its own."""
+    """Return the attack stage, in a process of its own."""
     begin, peak = time.perf_counter(), 0.0
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.attack", *options],
@@ -233,7 +233,7 @@ def _stage(project: Path, *options: str) -> Ran:
 
 
 def _search_alone(project: Path) -> float:
-    """Seconds that all searches of a project take, side by side as in the stage, when nothing is written."""
+    """Return seconds that all searches of a project take, side by side as in the stage, when nothing is written."""
     params, train = load_params(project / "params.yaml"), read_prepared(project / "data/prepared/train.h5")
     search = Search(real_teacher(CPU), params.attack, params.dataset, CPU, search_batch(params.runtime, CPU))
     dataset = SampleDataset(train, params.dataset, params.attack, file_digest(WEIGHTS), Store(project / "none"))
@@ -246,7 +246,7 @@ def _search_alone(project: Path) -> float:
 
 
 def _memory(process: int) -> float:
-    """MiB of a process and its forks, pages that they share counted once."""
+    """Return MiB of a process and its forks, pages that they share counted once."""
     total = 0.0
     with contextlib.suppress(psutil.Error):
         whole = psutil.Process(process)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import click
 import torch
+from pipeline.losses.table import TERMS
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,14 +31,13 @@ from benchmarks.measuring import (
 from pipeline.attack.dataset import SampleDataset
 from pipeline.core.files import file_digest
 from pipeline.core.parameters import Params
+from pipeline.core.status import Status, usable
 from pipeline.core.store import Store
-from pipeline.losses.table import TERMS
 from pipeline.machine.device import search_batch, side_by_side
 from pipeline.machine.processes import make_fabric
 from pipeline.networks.classifier import architecture_for, build
 from pipeline.search.boundary import SearchResult, logits_in_batches, margin_of
 from pipeline.search.geometry import as_ray, row_sum
-from pipeline.core.status import Status, usable
 from pipeline.search.teacher_search import Search
 from pipeline.shards.reader import BoundaryShards
 from pipeline.student.online_source import OnlineSource
@@ -57,7 +57,7 @@ class PlainSearch(Search):
     def find(
         self, images: Tensor, base: Tensor, target: Tensor, logits: Tensor, draw: Sequence[int] = ()
     ) -> SearchResult:
-        """Samples far past the boundary, all of them taken, as in their code."""
+        """Return samples far past the boundary, all of them taken, as in their code."""
         todo = Searches(self.teacher, images, base, target, logits)
         with torch.enable_grad():
             counted = Counted(self.teacher)
@@ -118,7 +118,7 @@ def epochs_of_sources(
     folder: Path,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
 ) -> list[dict[str, Any]]:
-    """Images per second of a student by every kind of source, a turn each; and the rate of the attack before them."""
+    """Measure images per second of a student by every source, a turn each, and the attack's before them."""
     fabric = make_fabric(params.runtime, precision)
     device = fabric.device
     train, teacher = first_images(real_train(images), images), real_teacher(device)
@@ -170,7 +170,7 @@ def _row(record: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, str
 
 
 def _totals(records: dict[str, Any]) -> str:
-    """Seconds for each thousand images, over the paper's schedule, by the medians."""
+    """Return seconds for each thousand images, over the paper's schedule, by the medians."""
 
     def seconds(name: str) -> float:
         return 1000 / float(records[name]["epoch"]["median"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 from pipeline.core.errors import ParameterError
 from pipeline.core.files import write_atomically
 from pipeline.core.parameters import check_params
+from pipeline.core.text import leaves, names_in, one_line
 
 
 def configure(path: Path, overlays: list[str]) -> list[str]:
@@ -31,15 +32,15 @@ def configure(path: Path, overlays: list[str]) -> list[str]:
         ParameterError: a file is missing or no YAML, or the result has an unknown or bad parameter; nothing is written.
     """
     document = _read(path)
-    before = dict(_leaves(document))
+    before = dict(leaves(document))
     for overlay in overlays:
-        _lay_over(document, _values_of(overlay), overlay)
+        _lay_over(document, _values_of(overlay, document), overlay)
     try:
         values = _plain(document)
     except (YAMLError, ValueError) as error:
-        raise ParameterError(f"{' '.join(overlays)}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ParameterError(f"{' '.join(overlays)}: not valid YAML: {one_line(error)}") from None
     check_params(values, "with " + " ".join(overlays))
-    after = dict(_leaves(document))
+    after = dict(leaves(document))
     keys = list(after) + [key for key in before if key not in after]
     changes = [
         f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
@@ -79,19 +80,19 @@ def _parsed(text: str, source: str) -> Any:
     try:
         return _yaml().load(text)
     except (YAMLError, ValueError) as error:
-        raise ParameterError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ParameterError(f"{source}: not valid YAML: {one_line(error)}") from None
 
 
-def _values_of(overlay: str) -> Any:
-    """The nested values of a preset's file or of `key=value`."""
+def _values_of(overlay: str, document: Any) -> Any:
+    """Return the nested values of a preset's file or of `key=value`, a key of the document."""
     key, equals, text = overlay.partition("=")
     if not equals or Path(overlay).is_file():
         return _read(Path(overlay))
     if " #" in text and text.strip()[0] not in "'\"":
         raise ParameterError(f"{overlay}: put the value in quotes: after ' #', YAML reads a comment")
     value = _parsed(text, overlay)
-    for part in reversed(key.strip().split(".")):
-        value = {part: value}
+    for name in reversed(names_in(document, key.strip())):
+        value = {name: value}
     return value
 
 
@@ -106,22 +107,14 @@ def _lay_over(document: Any, values: Mapping[str, Any], source: str, at: str = "
 
 
 def _one_line(values: list[Any]) -> CommentedSeq:
-    """A list of its own, so that YAML writes no references to another one."""
+    """Return A list of its own, so that YAML writes no references to another one."""
     sequence = CommentedSeq(values)
     sequence.fa.set_flow_style()
     return sequence
 
 
-def _leaves(document: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in document.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{at}{key}.")
-        else:
-            yield f"{at}{key}", value
-
-
 def _plain(document: Any) -> Any:
-    """The same values without what YAML knows about them."""
+    """Return the same values without what YAML knows about them."""
     text = io.StringIO()
     _yaml().dump(document, text)
     return YAML(typ="safe", pure=True).load(text.getvalue())

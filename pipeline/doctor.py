@@ -19,6 +19,7 @@ import numpy as np
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.parameters import Params, load_params
+from pipeline.core.store import COPIES
 from pipeline.images.prepared import read_prepared
 from pipeline.machine.device import processor
 from pipeline.shards.format import columns_of
@@ -31,7 +32,6 @@ OPTIONAL = {
     "fsspec": "for datasets behind a URL: pip install '.[remote]'",
     "pyarrow": "for `shards export`: pip install '.[parquet]'",
 }
-COPIES = 3  # of the shards: in the store, in data/bss, in DVC's cache
 DVC_SECONDS = 60
 
 
@@ -44,7 +44,7 @@ class Line(NamedTuple):
 
 
 def examine(folder: Path, params_path: Path) -> Iterator[Line]:
-    """All lines, of what is quick to find out first.
+    """Yield all lines, of what is quick to find out first.
 
     Args:
         folder: of the project.
@@ -124,7 +124,7 @@ def _dataset(params: Params) -> Iterator[Line]:
 
 
 def disk(folder: Path, params: Params, free: int | None = None) -> Iterator[Line]:
-    """Whether the sample dataset fits on the disk of a folder.
+    """Say whether the sample dataset fits on the disk of a folder.
 
     Args:
         folder: of the project.
@@ -147,7 +147,7 @@ def disk(folder: Path, params: Params, free: int | None = None) -> Iterator[Line
 
 
 def _locks(folder: Path) -> Iterator[Line]:
-    """Runs under way: owners of locks that are alive."""
+    """Say which runs are under way: owners of locks that are alive."""
     for path in sorted((folder / ".work").glob("*.pid")):
         owner = path.read_text().strip()
         if owner.isdigit() and _holds(int(owner), path.with_suffix(".lock")):
@@ -155,7 +155,7 @@ def _locks(folder: Path) -> Iterator[Line]:
 
 
 def _holds(process: int, lock: Path) -> bool:
-    """Whether a process has a file open."""
+    """Return whether a process has a file open."""
     try:
         entries = list(Path(f"/proc/{process}/fd").iterdir())
     except OSError:
@@ -164,7 +164,7 @@ def _holds(process: int, lock: Path) -> bool:
 
 
 def _dvc(folder: Path) -> Iterator[Line]:
-    """What `dvc status` says of the stages."""
+    """Say what `dvc status` says of the stages."""
     program = Path(sys.executable).with_name("dvc")
     command = str(program) if program.is_file() else shutil.which("dvc")
     if command is None:

@@ -19,6 +19,11 @@ from pipeline.training.fit import Fit, FitTask, fit, processes_of
 from pipeline.training.objective import Objective
 
 
+def teacher_code(network: str) -> str:
+    """Return the digest of the code that decides a teacher of a named network."""
+    return code_digest("pipeline.teacher", *own_modules(network))
+
+
 def train_teacher(
     params: Params, train: Prepared, validation: Prepared | None, processes: Processes, store: Store
 ) -> Fit:
@@ -30,7 +35,7 @@ def train_teacher(
         teacher.model_dump(exclude={"weights"}),
         views.model_dump(),
         [train.digest, validation.digest if validation is not None else None],
-        code_digest("pipeline.teacher", *own_modules(teacher.network)),
+        teacher_code(teacher.network),
         *processes_of(processes),
     )
 
@@ -52,7 +57,7 @@ def train_teacher(
 
 
 def teacher_architecture(teacher: Teacher, data: Prepared) -> Architecture:
-    """The architecture of the teacher; it normalises as the parameters say, else as its weights file, else as the data.
+    """Return the teacher's architecture; it normalises as the parameters say, else its weights file, else the data.
 
     Raises:
         WeightsError: the parameters give another number of channels than the images have.

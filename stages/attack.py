@@ -10,13 +10,13 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from pipeline.attack.dataset import SampleDataset
+from pipeline.attack.dataset import SampleDataset, make_samples
 from pipeline.attack.plan import Plan, plan_attack
 from pipeline.attack.worker import make_on_workers
 from pipeline.core.errors import ParameterError
 from pipeline.core.files import check_replaceable
 from pipeline.core.parameters import load_params
-from pipeline.core.store import Store, lock
+from pipeline.core.store import COPIES, Store, lock
 from pipeline.images.prepared import read_prepared
 from pipeline.machine.cluster import connected
 from pipeline.machine.device import search_batch, set_up_device, side_by_side
@@ -59,21 +59,20 @@ def main(
     device = set_up_device(params.runtime)
     dataset = SampleDataset.of(train, params, loaded, Store(WORK / "shards"))
     check_replaceable(out, *PUBLISHED, beside=BESIDE)
-    workers = side_by_side(params.runtime, device)
     with lock(WORK / "shards.lock", say), ExitStack() as stack:
         missing = dataset.missing()
         if missing or only_plan:
             checked_accuracy(loaded.model, train.thinned(TEACHER_CHECK), device)
-            search = search_of(loaded.model, params.search, search_batch(params.runtime, device), device)
         if only_plan:
-            _say_plan(plan_attack(dataset, search), dataset, out, device.type, workers)
+            search = search_of(loaded.model, params.search, search_batch(params.runtime, device), device)
+            _say_plan(plan_attack(dataset, search), dataset, out, device.type, side_by_side(params.runtime, device))
             return
         if missing:
             if scheduler is not None:
                 client = stack.enter_context(connected(scheduler, params.runtime, say))
                 made = make_on_workers(client, params, prepared / "train.h5", teacher, dataset, missing, say)
             else:
-                made = dataset.make(search, missing, workers)
+                made = make_samples(dataset, loaded.model, params, missing)
             views = sum(block.rows for block in missing)
             description = f"attack, {len(missing)} shards"
             with tqdm(total=views, desc=description, unit="view", unit_scale=True, disable=None) as bar:
@@ -93,7 +92,7 @@ def main(
 
 
 def _say_plan(plan: Plan, dataset: SampleDataset, out: Path, device: str, workers: int) -> None:
-    attack, copies = dataset.attack, 3
+    attack, copies = dataset.attack, COPIES
     seconds = round(plan.views / plan.rate / workers)
     for name, text in (
         ("shards", f"{plan.missing} to make, {plan.shards - plan.missing} in {WORK / 'shards'}: {plan.shards}"),

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from pipeline.core.errors import ParameterError, PipelineError
+from pipeline.core.text import one_line
 from pipeline.core.timings import RunRecord, record_run
 
 WORK = Path(".work")  # the private store: ignored by git and DVC
@@ -27,19 +28,19 @@ NOTHING_WRITTEN = "nothing was written, run the same command again"
 
 
 def params_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The option for the parameter file."""
+    """Return the option for the parameter file."""
     return click.option(
         "--params", "params_path", type=PATH, default=Path("params.yaml"), show_default=True, help="Parameter file."
     )(function)
 
 
 def path_option(name: str, default: str, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """An option for an input or output path."""
+    """Return an option for an input or output path."""
     return click.option(name, type=PATH, default=Path(default), show_default=True, help=text)
 
 
 def scheduler_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The option to work on a dask cluster."""
+    """Return the option to work on a dask cluster."""
     return click.option(
         "--scheduler",
         metavar="N|ADDRESS",
@@ -78,14 +79,14 @@ def errors_in_one_line(function: Callable[..., Any] | None = None, *, interrupte
             known = None if debug else _known(error)
             if known is None:
                 raise
-            _complain(f"error: {known} ({' '.join(str(error).split())[:200]})")
+            _complain(f"error: {known} ({one_line(error)[:200]})")
             sys.exit(EXIT_FAILED)
 
     return command
 
 
 def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
-    """Python drops a Ctrl-C that arrives in a finaliser or a weak reference's callback: a moment later, once more."""
+    """Raise once more, a moment later, a Ctrl-C that Python drops in a finaliser or a weak reference's callback."""
     if dropped.exc_type is KeyboardInterrupt:
         signal.setitimer(signal.ITIMER_REAL, 0.01)
     else:
@@ -93,7 +94,7 @@ def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
 
 
 def _known(error: MemoryError | RuntimeError) -> str | None:
-    """What an error of torch means, of those that users can do something about; it has no types for them."""
+    """Return what an error of torch means, of those that users can do something about; it has no types for them."""
     text = f"{type(error).__name__}: {error}"
     if any(sign in text for sign in ("MemoryError", "can't allocate memory")):
         return "out of memory: lower training.batch_size or runtime.search_batch"
@@ -109,12 +110,12 @@ def _complain(message: str) -> None:
 
 
 def say(message: str) -> None:
-    """One line about what is going on, past any progress bar."""
+    """Say one line about what is going on, past any progress bar."""
     click.echo(message, err=True)
 
 
 def done(name: str, line: str, begin: float, worked: bool = True) -> None:
-    """The last line of a stage: what it wrote; if it had work to do, kept for the report, with the seconds it took."""
+    """Say the last line of a stage: what it wrote. If it had work to do, keep it with the seconds it took."""
     if worked:
         record_run(WORK / RUNS, name, RunRecord(seconds=time.perf_counter() - begin, said=line))
     click.echo(line)

@@ -6,14 +6,12 @@ import time
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from pipeline.core.errors import DataError
 from pipeline.core.files import atomic_directory, write_json
 from pipeline.core.hdf5 import written_hdf5
 from pipeline.core.parameters import load_params
 from pipeline.core.store import Store, lock
-from pipeline.evaluate.compare import common_pairs, figures_of
 from pipeline.evaluate.run import Evaluation
 from pipeline.images.prepared import read_prepared
 from pipeline.machine.device import set_up_device
@@ -56,25 +54,20 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
         if not weights.is_file():
             raise DataError(f"{weights}: no such weights file; train it with: python -m stages.student --all")
     with lock(WORK / "evaluate.lock", say):
-        with tqdm(total=len(runs), desc="evaluate", unit="student", disable=None, leave=False) as bar:
-            counts = []
-            for finished in evaluation.compare_all(list(runs.values())):
-                counts.append(finished)
-                bar.update(finished - bar.n)
-        comparisons = {run: evaluation.comparison(weights) for run, weights in runs.items()}
-        common = common_pairs(comparisons.values())
+        worked = evaluation.unfinished(list(runs.values())) > 0
+        compared = evaluation.compare_all(list(runs.values()))
         with atomic_directory(out, "*.json", "pairs.h5") as directory:
             write_json(directory / "teacher.json", {"accuracy": evaluation.teacher_accuracy()})
             # No groups: they would record when they were made.
             with written_hdf5(directory / "pairs.h5") as pairs:
-                for (name, seed), comparison in comparisons.items():
-                    pairs[f"{name}-seed-{seed}-mag_sim"] = comparison.magnitude
-                    pairs[f"{name}-seed-{seed}-ang_sim"] = comparison.angle
+                for (name, seed), weights in runs.items():
+                    pairs[f"{name}-seed-{seed}-mag_sim"] = compared.comparisons[weights].magnitude
+                    pairs[f"{name}-seed-{seed}-ang_sim"] = compared.comparisons[weights].angle
             for name in names:
-                records = [{"seed": s} | figures_of(comparisons[name, s], common) for s in range(params.seeds)]
+                records = [{"seed": seed} | compared.figures(runs[name, seed]) for seed in range(params.seeds)]
                 write_json(directory / f"{name}.json", {"seeds": records})
-    line = f"wrote {out}: {len(runs)} students on {len(test.labels)} test images, {common.sum()} common pairs"
-    done("evaluate", line, begin, len(counts) > 1)
+    line = f"wrote {out}: {len(runs)} students on {len(test.labels)} test images, {compared.common.sum()} common pairs"
+    done("evaluate", line, begin, worked)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pipeline.core.files import write_atomically
 from pipeline.core.parameters import load_params
 from pipeline.core.store import lock
 from pipeline.experiment.figure import experiment_svg
-from pipeline.experiment.results import markdown_table
+from pipeline.experiment.results import results_table
 from pipeline.experiment.run import ExperimentRun, Materials
 from pipeline.experiment.spec import load_experiment
 from pipeline.images.prepared import read_prepared, read_validation
@@ -46,7 +46,7 @@ def main(experiment: Path, params_path: Path, prepared: Path, teacher: Path, out
         raise ParameterError("runtime.devices: an experiment trains each run on one device; set it to 1")
     with lock(WORK / "experiment.lock", say), lock(WORK / "shards.lock", say):
         results = ExperimentRun(wanted, params, materials, say).results()
-    table = markdown_table(results)
+    table = results_table(results)
     write_atomically(out / "results.json", results.model_dump_json(indent=1) + "\n")
     write_atomically(out / "table.md", table)
     if results.figure:

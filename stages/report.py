@@ -23,14 +23,14 @@ from pipeline.report.scenes import maps_to_draw
 from pipeline.report.summary import (
     StudentRecords,
     TeacherRecord,
-    csv_text,
     curves_csv,
     finding,
-    markdown_table,
     metrics,
+    plot_csv,
     read_result,
     seeds_csv,
     summarise,
+    summary_table,
 )
 from pipeline.shards.quantiles import margins_and_distances
 from pipeline.shards.reader import BoundaryShards
@@ -111,7 +111,7 @@ def main(
         page = render(gather(inputs, bar.update))
     shown = {method: params.method[method] for method in params.methods}
     sentences = "\n".join(finding(records, shown, params.dataset.name))
-    table = f"{markdown_table(params.dataset.name, teacher_record, records)}\n{sentences}\n"
+    table = f"{summary_table(params.dataset.name, teacher_record, records)}\n{sentences}\n"
     summary = summarise(params.dataset.name, teacher_record, records)
     write_json(out / "summary.json", summary)
     write_json(out / "metrics.json", metrics(summary))
@@ -119,8 +119,8 @@ def main(
         "table.md": table,
         "seeds.csv": seeds_csv(records),
         "curves.csv": curves_csv(inputs.curves),
-        "probability_margins.csv": csv_text(BIN, inputs.margins),
-        "distances.csv": csv_text(BIN, inputs.distances),
+        "probability_margins.csv": plot_csv(BIN, inputs.margins),
+        "distances.csv": plot_csv(BIN, inputs.distances),
         "plots.html": plots_page(),
         "report.html": page,
     }.items():
@@ -129,7 +129,7 @@ def main(
 
 
 def _views(path: Path, params: Params) -> tuple[Results, str] | None:
-    """Results of the experiment on views: those of this project folder, else those published for the same dataset."""
+    """Read results of the experiment on views: those made here, else those published for the same dataset."""
     for source in (path, PUBLISHED_VIEWS):
         if source.is_file():
             results = read_results(source)

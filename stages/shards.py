@@ -38,12 +38,12 @@ def main() -> None:
 
 
 def counted(count: int, thing: str) -> str:
-    """So many things, in words."""
+    """Return so many things, in words."""
     return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def card_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The option for what the new dataset's card states of its images."""
+    """Return the option for what the new dataset's card states of its images."""
     return click.option(
         "--params",
         "params_path",
@@ -129,7 +129,7 @@ def _quantiles(values: list[float] | None) -> str:
 
 
 def _short_digests(text: str) -> str:
-    """Text with the starts of digests."""
+    """Return text with the starts of digests."""
     return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1", text)
 
 
@@ -230,7 +230,7 @@ def export(directory: Path, to: str, out: Path) -> None:
 
 
 def _lock_of(out: Path) -> AbstractContextManager[None]:
-    """One process at a time may write a directory; the attack stage, which may take days, is not waited for."""
+    """Return the lock of a directory, which one process at a time may write; the attack stage is not waited for."""
     name = hashlib.sha256(os.fsencode(out.absolute())).hexdigest()[:16]
     return lock(WORK / f"shards-{name}.lock", say)
 

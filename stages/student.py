@@ -99,7 +99,7 @@ def main(
 
 
 def _choose(params: Params, student: str | None, method: str | None, everything: bool) -> list[tuple[str, str]]:
-    """The students and methods to train."""
+    """Return the students and methods to train."""
     if everything:
         if student or method:
             raise ParameterError("--all: takes `students` and `methods` from the parameters, not --student or --method")

@@ -17,13 +17,14 @@ from pipeline.core.parameters import Attack, Card, Params, Views
 from pipeline.core.provenance import code_digest, fingerprint
 from pipeline.core.store import Store
 from pipeline.images.prepared import Prepared
-from pipeline.machine.device import return_freed_memory
+from pipeline.machine.device import one_cpu_thread, return_freed_memory, search_batch, set_up_device, side_by_side
 from pipeline.machine.forks import interrupts_wait, run_in_forks
+from pipeline.networks.classifier import Classifier
 from pipeline.networks.loading import Loaded
 from pipeline.publish.adopt import stored_name
 from pipeline.publish.card import BESIDE, NOTHING_STATED, PUBLISHED, write_card
 from pipeline.publish.writer import write_shard
-from pipeline.search.table import module_of
+from pipeline.search.table import module_of, search_of
 from pipeline.search.teacher_search import TeacherSearch
 from pipeline.shards.check import is_shard
 from pipeline.shards.file import read_columns
@@ -101,13 +102,13 @@ class SampleDataset:
         return stored_name(self.fingerprint, block.view, block.number)
 
     def missing(self) -> list[Block]:
-        """The shards that are not in the store, or no longer as they were written; clears up after killed runs."""
+        """Return the shards that the store lacks or has damaged; clear up after killed runs."""
         self.store.sweep(self.fingerprint)
         stored = _side_by_side(self.stored, self.blocks)
         return [block for block, path in zip(self.blocks, stored, strict=True) if path is None]
 
     def stored(self, block: Block) -> Path | None:
-        """The path of a finished shard in the store; None if there is none, or it is another one under its name."""
+        """Return the path of a finished shard in the store; None if there is none, or another one has its name."""
         path = self.store.find(self.stored_name(block))
         return path if path and is_shard(path, self.fingerprint, block.view, block.number) else None
 
@@ -204,8 +205,26 @@ class SampleDataset:
         )
 
 
+def make_samples(dataset: SampleDataset, teacher: Classifier, params: Params, blocks: list[Block]) -> Iterator[Block]:
+    """Make shards in the store, on this machine; yields each when it is there to stay.
+
+    Args:
+        dataset: whose shards they are.
+        teacher: that it was described with.
+        params: how to search, and the machine.
+        blocks: which shards.
+
+    Raises:
+        WorkerError: a fork was killed.
+    """
+    device = set_up_device(params.runtime)
+    with one_cpu_thread():  # forks may follow
+        search = search_of(teacher, params.search, search_batch(params.runtime, device), device)
+    yield from dataset.make(search, blocks, side_by_side(params.runtime, device))
+
+
 def _side_by_side(function: Callable[[Block], Result], blocks: list[Block]) -> list[Result]:
-    """Results of a function that waits for files, or digests them, of all blocks: in threads."""
+    """Return results of a function that waits for files, or digests them, of all blocks: in threads."""
     with ThreadPoolExecutor() as pool:
         try:
             with interrupts_wait():  # one that comes between two locks of the pool would leave its threads waiting

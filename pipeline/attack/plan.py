@@ -49,7 +49,7 @@ def plan_attack(dataset: SampleDataset, search: TeacherSearch) -> Plan:
 
 
 def _measure(dataset: SampleDataset, search: TeacherSearch) -> tuple[float, float]:
-    """Views per second, and bytes per view, from ever larger parts of the first shard."""
+    """Return views per second, and bytes per view, from ever larger parts of the first shard."""
     whole = dataset.blocks[0]
     rows = min(whole.rows, 16)
     with tempfile.TemporaryDirectory() as folder:

@@ -46,7 +46,7 @@ def make_on_workers(
     blocks: list[Block],
     say: Callable[[str], None],
 ) -> Iterator[Block]:
-    """As `SampleDataset.make`, on the workers of a cluster: the same bytes, in any order."""
+    """Make shards as `SampleDataset.make` does, on the workers of a cluster: the same bytes, in any order."""
     job = Job(
         params.model_dump_json(),
         train.absolute(),
@@ -71,7 +71,7 @@ def make_shard(job: Job, block: Block) -> Block:
 
 @lru_cache(maxsize=1)
 def _loaded(job: Job) -> tuple[SampleDataset, TeacherSearch]:
-    """Once for each worker process."""
+    """Load what makes shards, once for each worker process."""
     params = check_params(json.loads(job.params), "the client's parameters")
     device = set_up_device(params.runtime)
     train = read_prepared(job.train)

@@ -34,7 +34,7 @@ class TrainingError(PipelineError):
 
 
 def shown(text: str, longest: int = 200) -> str:
-    """Text that a stranger may have written, within one line: cut, and what cannot be printed escaped.
+    """Return text that a stranger may have written, within one line: cut, and what cannot be printed escaped.
 
     >>> shown("one\\ntwo", longest=6)
     'one\\\\ntw...'

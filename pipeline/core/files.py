@@ -96,7 +96,7 @@ def reserve(path: Path, size: int) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest folder above `path` that exists."""
+    """Return the nearest folder above `path` that exists."""
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
@@ -203,6 +203,6 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
+    """Return the sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

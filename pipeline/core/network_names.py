@@ -41,13 +41,13 @@ def check_network(name: str) -> None:
 
 
 def mlp_size(name: str) -> tuple[int, int] | None:
-    """Hidden layers and units of each, of a multilayer perceptron's name: `mlp2w32` is (2, 32); None of another."""
+    """Return hidden layers and units of a perceptron by its name: (2, 32) of `mlp2w32`; None of another network."""
     match = MLP_NAME.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
 
 
 def resnet_size(name: str) -> tuple[int, int]:
-    """Depth and width of a ResNet's name: `resnet20` is (20, 16), `resnet8w4` is (8, 4).
+    """Return depth and width of a ResNet's name: `resnet20` is (20, 16), `resnet8w4` is (8, 4).
 
     Raises:
         ValueError: it is no such name.

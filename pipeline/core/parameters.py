@@ -6,7 +6,7 @@ Anything unknown, of the wrong type or out of range is refused by name before an
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -26,6 +26,7 @@ from ruamel.yaml.error import YAMLError
 from pipeline.core.errors import ParameterError
 from pipeline.core.extensions import find_loss, known_losses, trust_own_networks, use_own_code
 from pipeline.core.network_names import check_network
+from pipeline.core.text import one_line
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -212,8 +213,9 @@ class Method(Section):
 
     @model_serializer(mode="wrap")
     def _as_in_a_file(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values = cast(dict[str, Any], handler(self))
-        return {"source": values["source"]} | values["losses"]
+        values = handler(self)
+        flat: dict[str, Any] = {"source": values["source"], **values["losses"]}
+        return flat
 
     @model_validator(mode="after")
     def _source_and_losses_fit(self) -> Method:
@@ -301,7 +303,7 @@ def load_params(path: Path) -> Params:
 
 
 def read_yaml(path: Path) -> Any:
-    """The values of a YAML file.
+    """Return the values of a YAML file.
 
     Raises:
         ParameterError: it is missing or no YAML.
@@ -311,7 +313,7 @@ def read_yaml(path: Path) -> Any:
     except OSError as error:
         raise ParameterError(f"{path}: cannot be read: {error.strerror}") from None
     except (YAMLError, ValueError) as error:
-        raise ParameterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ParameterError(f"{path}: not valid YAML: {one_line(error)}") from None
 
 
 def check_params(values: Any, source: str) -> Params:

@@ -21,6 +21,7 @@ WITHOUT_EFFECT = {
     "pipeline.core.parameters": "names and checks parameters, whose values are in fingerprints",
     "pipeline.core.provenance": "tells what follows from what",
     "pipeline.core.store": "keeps what is finished",
+    "pipeline.core.text": "messages and tables",
     "pipeline.core.timings": "how long stages took",
     "pipeline.machine.cluster": "starts processes",
     "pipeline.machine.forks": "starts processes",
@@ -57,25 +58,34 @@ def code_digest(*modules: str, alone: tuple[str, ...] = ()) -> str:
         modules: names, as `pipeline.attack.columns`.
         alone: names of modules to count without what they import.
     """
-    digests = sorted([*map(_digest_of, modules), *(_own_digest(name, ()) for name in alone)])
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    known = dict.fromkeys(WITHOUT_EFFECT, "")
+    digests = [_digest_of(name, known) for name in modules]
+    digests += [_own_digest(name, dict.fromkeys(imported_by(name), "")) for name in alone]
+    return hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()
 
 
-def _digest_of(module: str, above: tuple[str, ...] = ()) -> str:
-    """Return the digest of a module with those of all that it imports; `above` are the modules that led here."""
-    if module in WITHOUT_EFFECT or module in above:  # a circle is counted where it was entered
-        return ""
-    return _own_digest(module, (*above, module))
+def _digest_of(module: str, known: dict[str, str]) -> str:
+    """Return the digest of a module with those of all that it imports; `known` holds those that were taken before."""
+    if module not in known:
+        known[module] = ""  # while it is taken: a circle is counted where it was entered
+        known[module] = _own_digest(module, known)
+    return known[module]
 
 
-def _own_digest(module: str, above: tuple[str, ...]) -> str:
-    tree = ast.parse(path_of(module).read_text())
+def _own_digest(module: str, known: dict[str, str]) -> str:
+    imports, shape = _content_of(module)
     # A name counts with the digest of the module that it comes from, so that the module's own name need not.
-    names = sorted(
-        [name, bound, _digest_of(source, above) if above else ""] for source, name, bound in _imports(module, tree)
-    )
-    shape = _shape(_WithoutProjectImports().visit(tree))
+    names = sorted([name, bound, _digest_of(source, known)] for source, name, bound in imports)
     return hashlib.sha256(repr((names, shape)).encode()).hexdigest()
+
+
+@functools.cache
+def _content_of(module: str) -> tuple[list[tuple[str, str, str]], str]:
+    """Return what a module imports of the project, and the digest of the rest of it, as this process first saw it."""
+    tree = ast.parse(path_of(module).read_text())
+    imports = list(_imports(module, tree))
+    shape = _shape(_WithoutProjectImports().visit(tree))
+    return imports, hashlib.sha256(repr(shape).encode()).hexdigest()
 
 
 class _WithoutProjectImports(ast.NodeTransformer):

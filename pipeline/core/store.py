@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 
 from pipeline.core.files import _remove, _write_errors, file_digest, write_atomically
 
+COPIES = 3  # of published shards: in the store, in their folder, in DVC's cache, unless the disk shares them
+
 
 @contextlib.contextmanager
 def lock(path: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
@@ -60,7 +62,7 @@ class Store:
         return self.root / name
 
     def find(self, name: str) -> Path | None:
-        """The path of a stored file whose digest fits, or None."""
+        """Return the path of a stored file whose digest fits, or None."""
         path = self.path(name)
         recorded = _digest_path(path)
         if not path.is_dir() and not (path.exists() and recorded.exists()):
@@ -72,7 +74,7 @@ class Store:
         return None
 
     def digest(self, name: str) -> str:
-        """The sha256 that was recorded of a stored file."""
+        """Return the sha256 that was recorded of a stored file."""
         return _digest_path(self.path(name)).read_text()
 
     def seal(self, name: str) -> Path:

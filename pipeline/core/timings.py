@@ -24,7 +24,7 @@ def record_run(directory: Path, name: str, record: RunRecord) -> None:
 
 
 def read_records(directory: Path, names: list[str]) -> dict[str, RunRecord]:
-    """The records that there are of these names, in this order; a damaged one counts as none."""
+    """Return the records that there are of these names, in this order; a damaged one counts as none."""
     found = {}
     for name in names:
         try:

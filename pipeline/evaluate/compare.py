@@ -91,7 +91,7 @@ def compare(
 def _perturbations(
     model: Classifier, data: Prepared, logits: Tensor, base: Tensor, target: Tensor, batch_size: int, step: int
 ) -> Tensor:
-    """(M, C, H, W) perturbations to a model's own boundary, NaN where the model is wrong or nothing was found."""
+    """Return perturbations (M, C, H, W) to a model's own boundary, NaN where it is wrong or nothing was found."""
     images = pixels(torch.from_numpy(np.ascontiguousarray(data.images[::step])).to(logits.device))
     logits, base, target = logits[::step], base[::step], target[::step]
     rows = (logits.argmax(1) == base).nonzero().squeeze(1)
@@ -115,13 +115,13 @@ def _perturbations(
 
 
 def common_pairs(comparisons: Iterable[Comparison]) -> NDArray[np.bool_]:
-    """(M,) images whose pair of perturbations is defined for every student: weak students get no easier ones."""
+    """Return (M,) images whose pair of perturbations is defined for every student: weak students get no easier ones."""
     magnitudes = np.stack([comparison.magnitude for comparison in comparisons])
     return np.asarray(np.isfinite(magnitudes).all(axis=0))
 
 
 def figures_of(comparison: Comparison, common: NDArray[np.bool_]) -> dict[str, float | int | None]:
-    """The figures of one student: fractions, nats and similarities; None where no pair is left to take a mean of."""
+    """Return the figures of one student: fractions, nats and similarities; None where no pair is left for a mean."""
     own = np.isfinite(comparison.magnitude)
 
     def mean(values: NDArray[np.float64], pairs: NDArray[np.bool_]) -> float | None:

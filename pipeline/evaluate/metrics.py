@@ -38,7 +38,7 @@ class _MeanSimilarity(Metric):
         self.left_out += (~defined).sum()
 
     def compute(self) -> Tensor:
-        """The mean, NaN without pairs."""
+        """Return the mean, NaN without pairs."""
         return self.total / self.count
 
 

@@ -6,15 +6,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
 
 from pipeline.core.extensions import own_modules
 from pipeline.core.files import file_digest
 from pipeline.core.parameters import Runtime
 from pipeline.core.provenance import code_digest, fingerprint
 from pipeline.core.store import Store
-from pipeline.evaluate.compare import Comparison, TeacherSide, compare, read_comparison, teacher_side, write_comparison
+from pipeline.evaluate.compare import (
+    Comparison,
+    TeacherSide,
+    common_pairs,
+    compare,
+    figures_of,
+    read_comparison,
+    teacher_side,
+    write_comparison,
+)
 from pipeline.images.prepared import Prepared
 from pipeline.machine.device import one_cpu_thread, search_batch, side_by_side
 from pipeline.machine.forks import run_in_forks
@@ -23,12 +36,26 @@ from pipeline.networks.loading import Loaded, load_with_digest
 from pipeline.networks.predict import accuracy
 from pipeline.networks.weights import read_architecture
 
-CODE = ("pipeline.evaluate.compare",)
+# The modules that decide a comparison: an edit to one of them makes finished ones invalid.
+CODE = ("pipeline.evaluate.compare", "pipeline.machine.device")
 
 
 def comparison_code(*networks: str) -> str:
     """Return the digest of the code that decides a comparison of these networks, by name."""
     return code_digest(*CODE, *dict.fromkeys(own_modules(*networks)), alone=("pipeline.evaluate.run",))
+
+
+class Compared(NamedTuple):
+    """Students beside their teacher."""
+
+    comparisons: dict[Path, Comparison]
+    """By weights file."""
+    common: NDArray[np.bool_]
+    """(M,) images whose pair of perturbations all of them have."""
+
+    def figures(self, weights: Path) -> dict[str, Any]:
+        """Return the figures of a student: see `figures_of`."""
+        return figures_of(self.comparisons[weights], self.common)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +73,16 @@ class Evaluation:
     store: Store
     """Where finished comparisons are kept."""
 
-    def compare_all(self, students: Sequence[Path]) -> Iterator[int]:
-        """Compare the students of weights files; yields how many of them are finished, as they are."""
+    def compare_all(self, students: Sequence[Path]) -> Compared:
+        """Compare the students of weights files, or find the finished comparisons."""
+        with tqdm(total=len(students), desc="evaluate", unit="student", disable=None, leave=False) as bar:
+            for done in self.compare_missing(students):
+                bar.update(done - bar.n)
+        comparisons = {weights: read_comparison(self.store.path(self._key(weights))) for weights in students}
+        return Compared(comparisons, common_pairs(comparisons.values()))
+
+    def compare_missing(self, students: Sequence[Path]) -> Iterator[int]:
+        """Compare the students without a finished comparison; yields how many are finished, as they are."""
         missing = [weights for weights in dict.fromkeys(students) if self.store.find(self._key(weights)) is None]
         done = len(students) - len(missing)
         yield done
@@ -64,13 +99,13 @@ class Evaluation:
                 task(0)
                 yield done + number + 1
 
-    def comparison(self, weights: Path) -> Comparison:
-        """A finished comparison."""
-        return read_comparison(self.store.path(self._key(weights)))
+    def unfinished(self, students: Sequence[Path]) -> int:
+        """Return how many students have no finished comparison."""
+        return sum(self.store.find(self._key(weights)) is None for weights in dict.fromkeys(students))
 
     @one_cpu_thread()
     def teacher_accuracy(self) -> float:
-        """The teacher's accuracy on the split."""
+        """Return the teacher's accuracy on the split."""
         return accuracy(frozen(self.teacher.model, self.device), self.test, self.device)
 
     @one_cpu_thread()  # so that results do not depend on how many there are, and forks may follow

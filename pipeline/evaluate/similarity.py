@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 def magnitude_similarity(preds: Tensor, target: Tensor) -> Tensor:
-    """min(|p|, |t|) / max(|p|, |t|) per pair of perturbations, NaN where one of them is zero or not finite.
+    """Return min(|p|, |t|) / max(|p|, |t|) per pair of perturbations, NaN where one of them is zero or not finite.
 
     Args:
         preds: (N, ...) perturbations of the student.
@@ -30,7 +30,7 @@ def magnitude_similarity(preds: Tensor, target: Tensor) -> Tensor:
 
 
 def angle_similarity(preds: Tensor, target: Tensor) -> Tensor:
-    """The cosine of the angle between perturbations, per pair, NaN where one of them is zero or not finite.
+    """Return the cosine of the angle between perturbations, per pair, NaN where one of them is zero or not finite.
 
     Args:
         preds: (N, ...) perturbations of the student.
@@ -49,28 +49,28 @@ def angle_similarity(preds: Tensor, target: Tensor) -> Tensor:
 
 
 def mag_sim(preds: Tensor, target: Tensor) -> Tensor:
-    """MagSim: the mean of `magnitude_similarity` over the pairs where it is defined, NaN if there are none."""
+    """Return MagSim: the mean of `magnitude_similarity` over the pairs where it is defined, NaN if there are none."""
     return magnitude_similarity(preds, target).nanmean()
 
 
 def ang_sim(preds: Tensor, target: Tensor) -> Tensor:
-    """AngSim: the mean of `angle_similarity` over the pairs where it is defined, NaN if there are none."""
+    """Return AngSim: the mean of `angle_similarity` over the pairs where it is defined, NaN if there are none."""
     return angle_similarity(preds, target).nanmean()
 
 
 def agreement(preds: Tensor, target: Tensor) -> Tensor:
-    """The fraction of samples to which logits `preds` and `target`, both (N, classes), give the same top class."""
+    """Return the fraction of samples whose top class is the same by logits `preds` and `target`, both (N, classes)."""
     return (preds.argmax(1) == target.argmax(1)).double().mean()
 
 
 def teacher_divergence(preds: Tensor, target: Tensor) -> Tensor:
-    """KL(teacher || student) in nats, mean over samples, from logits `preds` (student) and `target` (teacher)."""
+    """Return the mean KL(teacher || student) in nats, from logits `preds` (student) and `target` (teacher)."""
     student, teacher = F.log_softmax(preds.double(), 1), F.log_softmax(target.double(), 1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def _lengths(preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Norms (N,) of two sets of perturbations, NaN for pairs that are to be left out."""
+    """Return norms (N,) of two sets of perturbations, NaN for pairs that are to be left out."""
     if preds.shape != target.shape or preds.ndim < 2:
         raise ValueError(f"expected two tensors (N, ...) of one shape, got {tuple(preds.shape)}, {tuple(target.shape)}")
     first, second = preds.double().flatten(1).norm(dim=1), target.double().flatten(1).norm(dim=1)

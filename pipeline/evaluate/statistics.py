@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import hypot
 from statistics import fmean
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: list[list[float]]) -> Estimate | None:
-    """Mean and spread of values by draw and seed; None without any.
+    """Return mean and spread of values by draw and seed; None without any.
 
     Draws share their seeds: the squared standard error is that of the draws' means plus that of the seeds' means. For
     one draw it is that of the seeds.
@@ -51,3 +52,37 @@ class Difference(NamedTuple):
     def is_clear(self) -> bool:
         """It exceeds two standard errors."""
         return self.error is not None and abs(self.value) > STANDARD_ERRORS * self.error
+
+
+def difference(ours: Estimate | None, theirs: Estimate | None) -> Difference | None:
+    """Return a mean less that of a reference, as of independent runs; None where there is none of one of them."""
+    if ours is None or theirs is None:
+        return None
+    error = None if ours.error is None or theirs.error is None else hypot(ours.error, theirs.error)
+    return Difference(ours.mean - theirs.mean, error)
+
+
+def number(value: float, scale: float, signed: bool = False) -> str:
+    """Return a figure for a table: a percentage (scale 100) with one digit, another one with three.
+
+    Example:
+        >>> number(0.9412, 100), number(0.012, 1, signed=True)
+        ('94.1', '+0.012')
+    """
+    return f"{value * scale:{'+' if signed else ''}.{1 if scale == 100 else 3}f}"
+
+
+def mean_cell(known: Estimate | None, scale: float, otherwise: str = "-") -> str:
+    """Return a mean with its deviation between seeds, for a table; `otherwise` where there is none."""
+    if known is None:
+        return otherwise
+    deviation = "" if known.deviation is None else f" ± {number(known.deviation, scale)}"
+    return f"{number(known.mean, scale)}{deviation}"
+
+
+def difference_cell(known: Difference | None, scale: float) -> str:
+    """Return a difference with its standard error in brackets, for a table."""
+    if known is None:
+        return "-"
+    error = "" if known.error is None else f" ({number(known.error, scale)})"
+    return f"{number(known.value, scale, signed=True)}{error}"

@@ -16,7 +16,7 @@ LOG_FROM = 5  # the ratio of the largest to the smallest number on the axis
 
 
 def experiment_svg(results: Results, axis: str) -> str:
-    """The accuracy on the test split against the numbers in the labels of an axis, as SVG text.
+    """Return the accuracy on the test split against the numbers in the labels of an axis, as SVG text.
 
     A line for each combination of the other labels; bars are standard errors. Labels without a number are horizontal
     lines.
@@ -72,6 +72,6 @@ def _finish(axes: Any, axis: str, results: Results) -> None:
 
 
 def number_in(label: str) -> float | None:
-    """The number that a label begins with, as 50 of '50 %'."""
+    """Return the number that a label begins with, as 50 of '50 %'."""
     match = re.match(r"(\d+\.?\d*(?:e-?\d+)?)(?: |$)", label)
     return float(match[1]) if match else None

@@ -5,11 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.core.errors import DataError
-from pipeline.evaluate.statistics import STANDARD_ERRORS, Difference, Estimate, estimate
+from pipeline.core.text import markdown_table, one_line
+from pipeline.evaluate.statistics import (
+    STANDARD_ERRORS,
+    Difference,
+    difference,
+    difference_cell,
+    estimate,
+    mean_cell,
+    number,
+)
 
 DEVIATIONS = 3  # below the mean of a cell, from where a run of another one counts as failed
 MEASURES = {
@@ -45,8 +53,8 @@ class Cost(_Strict):
 
     samples: int
     bytes: int
-    gradients: int
-    """Evaluations for all samples."""
+    evaluations: int
+    """Gradients for all samples."""
     converged: int
     """Samples on the boundary."""
 
@@ -61,7 +69,7 @@ class Cell(_Strict):
     """Of one draw; None for methods that read no samples."""
 
     def values(self, measure: str) -> list[list[float]]:
-        """A measure by draw and seed, without runs that do not have it."""
+        """Return A measure by draw and seed, without runs that do not have it."""
         found = [[getattr(run, measure) for run in draw] for draw in self.runs]
         return [[value for value in draw if value is not None] for draw in found]
 
@@ -93,20 +101,11 @@ def read_results(path: Path) -> Results:
     try:
         return Results.model_validate_json(path.read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-
-
-def difference(cell: Cell, reference: Cell, measure: str) -> Difference | None:
-    """How much more than the reference a cell has of a measure; None where one of them has none."""
-    ours, theirs = estimate(cell.values(measure)), estimate(reference.values(measure))
-    if ours is None or theirs is None:
-        return None
-    error = None if ours.error is None or theirs.error is None else float(np.hypot(ours.error, theirs.error))
-    return Difference(ours.mean - theirs.mean, error)
+        raise DataError(f"{path}: cannot be read ({one_line(error)})") from None
 
 
 def reference_of(results: Results, cell: Cell, changes: Labels) -> Cell | None:
-    """The cell to compare with: with other labels as the reference says, and the same otherwise."""
+    """Return the cell to compare with: with other labels as the reference says, and the same otherwise."""
     wanted = cell.labels | changes
     return None if wanted == cell.labels else _cell_of(results, wanted)
 
@@ -116,12 +115,12 @@ def _cell_of(results: Results, labels: Labels) -> Cell | None:
 
 
 def varied_labels(results: Results) -> list[str]:
-    """The names of the labels by which cells differ."""
+    """Return the names of the labels by which cells differ."""
     return [name for name in results.cells[0].labels if len({cell.labels[name] for cell in results.cells}) > 1]
 
 
-def markdown_table(results: Results) -> str:
-    """The results as Markdown, a row for each cell; differences that exceed two standard errors are bold."""
+def results_table(results: Results) -> str:
+    """Return the results as Markdown, a row for each cell; differences that exceed two standard errors are bold."""
     names = varied_labels(results)
     known = [name for name in MEASURES if any(estimate(cell.values(name)) for cell in results.cells)]
     shown = [name for name in known if name not in SIMILARITIES or results.pairs >= FEWEST_PAIRS]
@@ -130,21 +129,22 @@ def markdown_table(results: Results) -> str:
     header = [*(name.capitalize() for name in names), "n", *(MEASURES[name][0] for name in shown), *titles]
     header += ["Lowest run, %", "Runs below the floor"] if results.floor else []
     header += ["Samples", "On the boundary, %", "Gradients a sample", "MB"] if results.costs else []
-    lines = [f"| {' | '.join(header)} |", "|---" * len(names) + "|---:" * (len(header) - len(names)) + "|"]
+    rows = []
     for cell in results.cells:
         draws, seeds = len(cell.runs), len(cell.runs[0])
         cells = [cell.labels[name] for name in names]
         cells.append(str(seeds) if draws == 1 else f"{draws} x {seeds}")
-        cells += [_mean(estimate(cell.values(name)), MEASURES[name][1]) for name in shown]
+        cells += [mean_cell(estimate(cell.values(name)), MEASURES[name][1]) for name in shown]
         for changes in results.references.values():
             other = reference_of(results, cell, changes)
             for name in compared:
-                cells.append(_less(difference(cell, other, name) if other else None, MEASURES[name][1]))
+                ours, theirs = estimate(cell.values(name)), estimate(other.values(name)) if other else None
+                cells.append(_bold(difference(ours, theirs), MEASURES[name][1]))
         if results.floor:
             cells += _lowest(results, cell, shown[0])
         if results.costs:
             cells += _costs(cell.cost)
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     images = ", ".join(f"{name} {count:,}" for name, count in results.images.items())
     note = (
         f"{results.dataset}, images: {images}; teacher {results.teacher:.1%} on test. ± is the standard deviation "
@@ -152,41 +152,28 @@ def markdown_table(results: Results) -> str:
     )
     similarities = "of" if results.pairs >= FEWEST_PAIRS else "not shown, for want of"
     note += f" Similarities: {similarities} pairs of perturbations that all students have ({results.pairs})."
-    return "\n".join([*lines, "", note]) + "\n"
+    return f"{markdown_table(header, rows, len(names))}\n\n{note}\n"
+
+
+def _bold(known: Difference | None, scale: float) -> str:
+    """Return the cell of a difference, its figure bold where it is clear."""
+    figure, space, error = difference_cell(known, scale).partition(" ")
+    return f"**{figure}**{space}{error}" if known is not None and known.is_clear else f"{figure}{space}{error}"
 
 
 def _lowest(results: Results, cell: Cell, measure: str) -> list[str]:
-    """The lowest run of a row, and how many runs count as failed."""
+    """Return the lowest run of a row, and how many runs count as failed."""
     runs = [value for draw in cell.values(measure) for value in draw]
     reference = _cell_of(results, cell.labels | (results.floor or {}))
     known = estimate(reference.values(measure)) if reference else None
     if known is None or known.deviation is None:
-        return [_number(min(runs), 100), "-"]
+        return [number(min(runs), 100), "-"]
     floor = known.mean - DEVIATIONS * known.deviation
-    return [_number(min(runs), 100), str(sum(value < floor for value in runs))]
+    return [number(min(runs), 100), str(sum(value < floor for value in runs))]
 
 
 def _costs(cost: Cost | None) -> list[str]:
     if cost is None:
         return ["-"] * 4
-    gradients = f"{cost.gradients / cost.samples:.1f}"
-    return [f"{cost.samples:,}", _number(cost.converged / cost.samples, 100), gradients, f"{cost.bytes / 1e6:.1f}"]
-
-
-def _mean(value: Estimate | None, scale: float) -> str:
-    if value is None:
-        return "-"
-    deviation = "" if value.deviation is None else f" ± {_number(value.deviation, scale)}"
-    return f"{_number(value.mean, scale)}{deviation}"
-
-
-def _less(value: Difference | None, scale: float) -> str:
-    if value is None:
-        return "-"
-    number = f"{value.value * scale:+.{1 if scale == 100 else 3}f}"
-    error = "" if value.error is None else f" ({_number(value.error, scale)})"
-    return f"**{number}**{error}" if value.is_clear else f"{number}{error}"
-
-
-def _number(value: float, scale: float) -> str:
-    return f"{value * scale:.{1 if scale == 100 else 3}f}"
+    gradients = f"{cost.evaluations / cost.samples:.1f}"
+    return [f"{cost.samples:,}", number(cost.converged / cost.samples, 100), gradients, f"{cost.bytes / 1e6:.1f}"]

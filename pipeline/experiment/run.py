@@ -9,21 +9,18 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from pipeline.attack.dataset import SampleDataset
+from pipeline.attack.dataset import SampleDataset, make_samples
 from pipeline.core.errors import TrainingError
 from pipeline.core.parameters import Params
 from pipeline.core.status import Status
 from pipeline.core.store import Store, lock
-from pipeline.evaluate.compare import common_pairs, figures_of
 from pipeline.evaluate.run import Evaluation
 from pipeline.experiment.results import Cell, Cost, Labels, Results, Run
 from pipeline.experiment.spec import Experiment, Variant, check_comparisons, labels_of, variants
 from pipeline.images.prepared import Prepared
-from pipeline.machine.device import one_cpu_thread, search_batch, side_by_side
 from pipeline.machine.processes import Processes
 from pipeline.networks.loading import load_with_digest
 from pipeline.prepare.splits import part_by_class
-from pipeline.search.table import search_of
 from pipeline.shards.reader import BoundaryShards
 from pipeline.student.inputs import Inputs
 from pipeline.student.run import StudentRun
@@ -86,7 +83,7 @@ class ExperimentRun:
         return self._evaluated(fits)
 
     def _fits(self, variant: Variant, done: Callable[[], object]) -> list[CellFits]:
-        """The fits of each student and method under one combination; `done` is called after each draw of a cell."""
+        """Return the fits of each student and method under one combination; call `done` after each draw of a cell."""
         methods, store = variant.params.method, Store(self.materials.work / "fits")
         cells = {(labels["student"], labels["method"]): CellFits(labels) for labels in labels_of(variant)}
         for draw in range(self.experiment.draws):
@@ -115,23 +112,18 @@ class ExperimentRun:
                 raise TrainingError(f"{where}: {error}; or leave it out of the experiment") from error
 
     def _samples(self, params: Params, train: Prepared) -> tuple[BoundaryShards, Cost]:
-        """The sample dataset of some parameters, which the next one replaces, and what it took."""
+        """Return the sample dataset of some parameters, which the next one replaces, and what it took."""
         store = Store(self.materials.work / "shards")
         dataset = SampleDataset.of(train, params, self.teacher, store)
-        missing = dataset.missing()
-        if missing:
-            with one_cpu_thread():  # forks may follow
-                batch = search_batch(params.runtime, self.device)
-                search = search_of(self.teacher.model, params.search, batch, self.device)
-            for _ in dataset.make(search, missing, side_by_side(params.runtime, self.device)):
-                pass
+        for _ in make_samples(dataset, self.teacher.model, params, dataset.missing()):
+            pass
         totals = dataset.publish(self.materials.work / "experiment").totals
         shards = BoundaryShards(self.materials.work / "experiment")
         evaluations = (shards.read(shard, ["evaluations"])["evaluations"] for shard in shards.manifest.shards)
         cost = Cost(
             samples=totals.samples,
             bytes=totals.bytes,
-            gradients=sum(int(each.sum()) for each in evaluations),
+            evaluations=sum(int(each.sum()) for each in evaluations),
             converged=totals.statuses[Status.CONVERGED.name.lower()],
         )
         return shards, cost
@@ -146,20 +138,14 @@ class ExperimentRun:
             device=self.device,
             store=Store(work / "comparisons"),
         )
-        weights = [fit.weights for cell in cells for draw in cell.fits for fit in draw]
-        with tqdm(total=len(weights), desc="evaluate", unit="student", disable=None, leave=False) as bar:
-            for done in evaluation.compare_all(weights):
-                bar.update(done - bar.n)
-        comparisons = {path: evaluation.comparison(path) for path in weights}
-        common = common_pairs(comparisons.values())
+        compared = evaluation.compare_all([fit.weights for cell in cells for draw in cell.fits for fit in draw])
 
         def run_of(fit: Fit) -> Run:
-            comparison = comparisons[fit.weights]
-            figures = figures_of(comparison, common)
+            figures = compared.figures(fit.weights)
             return Run(
                 validation=fit.curve[-1].get("validation_accuracy"),
-                accuracy=comparison.accuracy,
-                agreement=comparison.agreement,
+                accuracy=figures["accuracy"],
+                agreement=figures["agreement"],
                 mag_sim=figures["mag_sim_common"],
                 ang_sim=figures["ang_sim_common"],
             )
@@ -171,7 +157,7 @@ class ExperimentRun:
             dataset=self.params.dataset.name,
             teacher=evaluation.teacher_accuracy(),
             images={name: len(split.labels) for name, split in splits.items() if split is not None},
-            pairs=int(common.sum()),
+            pairs=int(compared.common.sum()),
             references=self.experiment.references,
             floor=self.experiment.floor,
             costs=self.experiment.costs,

@@ -10,7 +10,8 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.core.errors import ParameterError
-from pipeline.core.parameters import Count, Line, Params, check_params, read_yaml
+from pipeline.core.parameters import MOVED, Count, Line, Params, check_params, in_words, read_yaml
+from pipeline.core.text import place_of
 from pipeline.experiment.results import Labels
 
 TRAIN_FRACTION = "train_fraction"
@@ -58,12 +59,11 @@ def load_experiment(path: Path) -> Experiment:
     try:
         return Experiment.model_validate(values)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        raise ParameterError(f"{path}: {'; '.join(problems)}") from None
+        raise ParameterError(f"{path}: {in_words(error)}") from None
 
 
 def variants(experiment: Experiment, params: Params) -> Iterator[Variant]:
-    """All combinations, with their parameters: `params`, and over them what the experiment and its axes say.
+    """Yield all combinations, with their parameters: `params`, and over them what the experiment and its axes say.
 
     Raises:
         ParameterError: a parameter is unknown or bad, or is none that an experiment can vary.
@@ -86,20 +86,19 @@ def variants(experiment: Experiment, params: Params) -> Iterator[Variant]:
 
 def _variant(labels: Labels, params: Params, values: Mapping[str, Any], source: str) -> Variant:
     document = params.model_dump(mode="json")
-    fraction = 1.0
+    fraction = values.get(TRAIN_FRACTION, 1.0)
     for key, value in values.items():
         if key == TRAIN_FRACTION:
-            fraction = value
             continue
-        *parents, last = key.split(".")
-        if (parents or [last])[0] not in VARIED or key == "training.precision":
+        if key in MOVED:
+            raise ParameterError(f"{source}: {key}: is called {MOVED[key]} now")
+        if key.partition(".")[0] not in VARIED or key == "training.precision":
             raise ParameterError(f"{source}: '{key}' does not vary in an experiment, only {', '.join(VARIED)}")
-        section: Any = document
-        for parent in parents:
-            if not isinstance(section.get(parent), dict):
-                raise ParameterError(f"{source}: unknown parameter '{key}'")
-            section = section[parent]
-        section[last] = value
+        try:
+            section, name = place_of(document, key)
+        except KeyError:
+            raise ParameterError(f"{source}: unknown parameter '{key}'") from None
+        section[name] = value
     if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise ParameterError(f"{source}: {TRAIN_FRACTION}: expected more than 0 and at most 1, got {fraction}")
     varied = check_params(document, source)
@@ -108,7 +107,7 @@ def _variant(labels: Labels, params: Params, values: Mapping[str, Any], source: 
 
 
 def labels_of(variant: Variant) -> Iterator[Labels]:
-    """The labels of each cell of a combination."""
+    """Yield the labels of each cell of a combination."""
     for student in variant.params.students:
         for method in variant.params.methods:
             yield variant.labels | {"student": student, "method": method}

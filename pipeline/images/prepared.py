@@ -46,18 +46,18 @@ class Prepared(NamedTuple):
         return channels, height, width
 
     def thinned(self, count: int) -> Prepared:
-        """Every n-th image, so that about `count` are left; the digest stays that of the whole split."""
+        """Return every n-th image, so that about `count` are left; the digest stays that of the whole split."""
         step = max(1, len(self.labels) // count)
         return self._replace(images=self.images[::step], labels=self.labels[::step])
 
 
 def rows_at_a_time(image_shape: Sequence[int]) -> int:
-    """Images of a block while files are written or checked."""
+    """Return images of a block while files are written or checked."""
     return max(1, BLOCK_BYTES // max(1, int(np.prod(image_shape))))
 
 
 def blocks_of(images: Images) -> Iterator[Images]:
-    """The images, a few megabytes at a time."""
+    """Return the images, a few megabytes at a time."""
     rows = rows_at_a_time(images.shape[1:])
     return (images[start : start + rows] for start in range(0, len(images), rows))
 
@@ -65,7 +65,7 @@ def blocks_of(images: Images) -> Iterator[Images]:
 def content_digest(
     blocks: Iterable[Images], image_shape: Sequence[int], labels: NDArray[np.int64], class_names: Sequence[str]
 ) -> str:
-    """The sha256 of a split's content, in hexadecimal; independent of the file around it."""
+    """Return the sha256 of a split's content, in hexadecimal; independent of the file around it."""
     digest = hashlib.sha256(json.dumps([[len(labels), *image_shape], list(class_names)]).encode())
     for block in blocks:
         digest.update(np.ascontiguousarray(block).data)
@@ -140,13 +140,13 @@ def read_prepared(path: Path) -> Prepared:
 
 
 def read_validation(path: Path) -> Prepared | None:
-    """The validation split, which may be empty: then there is none."""
+    """Return the validation split, which may be empty: then there is none."""
     split = read_prepared(path)
     return split if len(split.labels) else None
 
 
 def _mapped(path: Path, dataset: Any) -> Images:
-    """The images as pages of the file; a process that writes to them changes its own copy only."""
+    """Return the images as pages of the file; a process that writes to them changes its own copy only."""
     if dataset.dtype != np.uint8 or dataset.ndim != 4:
         raise ValueError(f"images are {dataset.dtype} of {dataset.ndim} dimensions")
     if not dataset.size:

@@ -33,7 +33,7 @@ class ViewParameters(NamedTuple):
 
 
 def uniforms(seed: int, stream: Stream, view: int, start: int, rows: int, width: int) -> NDArray[np.float64]:
-    """Random numbers in [0, 1) for rows start .. start + rows of a view, `width` of them per row.
+    """Return random numbers in [0, 1) for rows start .. start + rows of a view, `width` of them per row.
 
     Counter-based (Philox 4x64, Salmon et al., 2011): what a row gets depends on (seed, stream, view, row) alone, not
     on which rows are asked for together.

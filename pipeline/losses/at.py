@@ -33,7 +33,7 @@ class AtTerm(Term):
 
 
 def attention_map(features: Tensor) -> Tensor:
-    """Where a layer is active: the mean of its squared channels, of length 1.
+    """Return where a layer is active: the mean of its squared channels, of length 1.
 
     Args:
         features: (N, C, H, W).
@@ -50,7 +50,7 @@ def attention_map(features: Tensor) -> Tensor:
 
 
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """The mean squared difference of attention maps, over elements and samples, as in the code of the authors.
+    """Return the mean squared difference of attention maps, over elements and samples, as in the code of the authors.
 
     Args:
         student, teacher: (N, C, H, W), of one height and width; channels may differ.

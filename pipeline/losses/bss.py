@@ -176,12 +176,12 @@ def select_base_samples(
 
 
 def mean_over_selected(losses: Tensor, weights: Tensor) -> Tensor:
-    """The mean of per-sample losses over rows of weight 1; 0 when none is chosen."""
+    """Return the mean of per-sample losses over rows of weight 1; 0 when none is chosen."""
     return torch.where(weights > 0, losses * weights, 0).sum() / weights.sum().clamp(min=1)
 
 
 def boundary_weight(progress: float, start: float, zero_at: float) -> float:
-    """beta(e): from `start` down to 0 at the fraction `zero_at` of training, and 0 from there on.
+    """Return beta(e): from `start` down to 0 at the fraction `zero_at` of training, and 0 from there on.
 
     Example:
         >>> boundary_weight(0.375, start=2.0, zero_at=0.75), boundary_weight(0.9, start=2.0, zero_at=0.75)
@@ -192,7 +192,7 @@ def boundary_weight(progress: float, start: float, zero_at: float) -> float:
 
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Batch norm still normalises by the batch in training, but its running statistics do not move."""
+    """Keep batch norm's running statistics; in training it still normalises by the batch."""
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:

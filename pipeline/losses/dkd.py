@@ -38,7 +38,7 @@ class DkdTerm(Term):
 def decoupled_divergence(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The two parts of KL(teacher || student) of softened outputs, per sample, times T^2 (Zhao et al., 2022).
+    """Return the two parts of KL(teacher || student) of softened outputs, per sample, times T^2 (Zhao et al., 2022).
 
     Args:
         student_logits, teacher_logits: (N, classes).

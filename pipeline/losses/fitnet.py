@@ -40,7 +40,7 @@ class FitNetTerm(Term):
 
 
 def hint_loss(guided: Tensor, hint: Tensor) -> Tensor:
-    """Half the squared error per element: 1/2 mean (r(v) - u)^2 (Romero et al., 2015, equation 3).
+    """Return half the squared error per element: 1/2 mean (r(v) - u)^2 (Romero et al., 2015, equation 3).
 
     The paper sums over elements. The mean trains with the same rate whatever the size of the layer.
 

@@ -53,7 +53,7 @@ class FspTerm(Term):
 
 
 def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
-    """Products of the channels of two layers, mean over positions (Yim et al., 2017, equation 1).
+    """Return products of the channels of two layers, mean over positions (Yim et al., 2017, equation 1).
 
     Args:
         first: (N, C1, H1, W1).
@@ -72,7 +72,7 @@ def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
 
 
 def fsp_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """The squared error of matrices (N, C1, C2), mean over entries and samples: a scalar, at least 0.
+    """Return the squared error of matrices (N, C1, C2), mean over entries and samples: a scalar, at least 0.
 
     The paper sums over entries (equation 2). The mean trains with the same rate whatever the widths of the layers.
     """

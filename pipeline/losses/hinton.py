@@ -30,7 +30,7 @@ class HintonTerm(Term):
 
 
 def softened_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy between the softened outputs of teacher and student, per sample.
+    """Return the cross-entropy between the softened outputs of teacher and student, per sample.
 
     -sum_c softmax(teacher / T)_c log softmax(student / T)_c (Hinton et al., 2015), without the factor T^2, as in the
     code of Heo et al. (2019).
@@ -53,5 +53,5 @@ def softened_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, tempe
 
 
 def hinton_weight(progress: float, start: float, end: float) -> float:
-    """alpha(e): from `start` to `end`, linearly over training; progress e / E in [0, 1]."""
+    """Return alpha(e): from `start` to `end`, linearly over training; progress e / E in [0, 1]."""
     return end + (start - end) * (1 - progress)

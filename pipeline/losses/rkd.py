@@ -41,12 +41,12 @@ class RkdTerm(Term):
 
 
 def embedding(features: Tensor) -> Tensor:
-    """(N, C) of vectors (N, C), or of maps (N, C, H, W) by the mean over positions."""
+    """Return (N, C) of vectors (N, C), or of maps (N, C, H, W) by the mean over positions."""
     return features.mean((2, 3)) if features.ndim > 2 else features
 
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Huber loss between distances of all pairs, each network's over their mean (Park et al., 2019, equations 5 to 7).
+    """Return the Huber loss between relative distances of all pairs (Park et al., 2019, equations 5 to 7).
 
     Args:
         student, teacher: (N, C) embeddings; C may differ.
@@ -58,7 +58,7 @@ def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Huber loss between the cosines of the angles of all triplets (Park et al., 2019, equations 8 and 9).
+    """Return the Huber loss between the cosines of the angles of all triplets (Park et al., 2019, equations 8 and 9).
 
     Args:
         student, teacher: (N, C) embeddings; C may differ.
@@ -75,14 +75,14 @@ def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _relative_distances(embeddings: Tensor) -> Tensor:
-    """(N, N) distances over their mean, 0 on the diagonal."""
+    """Return (N, N) distances over their mean, 0 on the diagonal."""
     distances = _lengths(embeddings[:, None] - embeddings[None]).squeeze(2)
     mean = distances.sum() / (distances > 0).sum().clamp(min=1)
     return distances / torch.where(mean > 0, mean, 1)
 
 
 def _cosines(embeddings: Tensor) -> Tensor:
-    """(N, N, N): at each sample, the cosines of the angles between directions to two others; 0 without direction."""
+    """Return (N, N, N) cosines of the angles at each sample between two others; 0 without a direction."""
     apart = embeddings[None] - embeddings[:, None]
     lengths = _lengths(apart)
     directions = apart / torch.where(lengths > 0, lengths, 1)
@@ -90,7 +90,7 @@ def _cosines(embeddings: Tensor) -> Tensor:
 
 
 def _lengths(vectors: Tensor) -> Tensor:
-    """(..., 1) Euclidean lengths, without a gradient where they are 0: there it would be infinite."""
+    """Return (..., 1) Euclidean lengths, without a gradient where they are 0: there it would be infinite."""
     squared = vectors.square().sum(-1, keepdim=True)
     some = squared > 0
     return torch.where(some, torch.where(some, squared, 1).sqrt(), 0)

@@ -32,7 +32,7 @@ _one_at_a_time = threading.Lock()  # in a worker, whose threads all serve one ta
 
 @contextlib.contextmanager
 def connected(scheduler: str, runtime: Runtime, say: Callable[[str], None]) -> Iterator[Client]:
-    """A client of a cluster.
+    """Yield a client of a cluster.
 
     Args:
         scheduler: a number of workers to start on this machine, which share its cores, or have a GPU each; or the
@@ -91,7 +91,7 @@ def _count_workers(client: Client) -> int:
 def on_workers(
     client: Client, function: Callable[[Argument], Result], tasks: Iterable[Argument], say: Callable[[str], None]
 ) -> Iterator[Result]:
-    """Results of a function that workers can import, as they come; a task whose worker dies is given to another.
+    """Yield results of a function that workers can import, as they come; a task whose worker dies is given to another.
 
     Args:
         client: of the cluster.

@@ -24,7 +24,7 @@ LARGEST_FROM_HEAP = 1 << 25  # bytes, the most that glibc takes
 
 
 def set_up_device(runtime: Runtime) -> torch.device:
-    """The device to compute on, with float32 arithmetic that is exact and repeatable.
+    """Set this process up to compute, and return the device: float32 arithmetic is exact and repeatable on it.
 
     Raises:
         ParameterError: a GPU is asked for and there is none.
@@ -62,12 +62,12 @@ def return_freed_memory() -> None:
 
 
 def cpu_threads(runtime: Runtime) -> int:
-    """How many threads this process may use."""
+    """Return how many threads this process may use."""
     return runtime.threads or len(os.sched_getaffinity(0))
 
 
 def side_by_side(runtime: Runtime, device: torch.device) -> int:
-    """How many runs are trained, or shards made, at once by one command: several on a CPU, one on a GPU."""
+    """Return how many runs are trained, or shards made, at once by one command: several on a CPU, one on a GPU."""
     return runtime.workers or cpu_threads(runtime) if device.type == "cpu" else 1
 
 
@@ -86,12 +86,12 @@ def one_cpu_thread() -> Iterator[None]:
 
 
 def search_batch(runtime: Runtime, device: torch.device) -> int:
-    """Samples per batch of the boundary search; large ones make a CPU ask for fresh memory in every layer."""
+    """Return samples per batch of the boundary search; large ones make a CPU ask for fresh memory in every layer."""
     return runtime.search_batch or (128 if device.type == "cpu" else 2048)
 
 
 def processor() -> str:
-    """The name of the CPU, as the system has it."""
+    """Return the name of the CPU, as the system has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -71,7 +71,7 @@ class _Fork:
         return self.connection
 
     def finish(self, slots: int) -> int:
-        """The number of the task that has ended; raises what it raised."""
+        """Return the number of the task that has ended; raises what it raised."""
         try:
             error = self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -89,7 +89,7 @@ class _Fork:
 
 @contextlib.contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """Ctrl-C waits for the end of the body; processes and threads that start in it never see it."""
+    """Let Ctrl-C wait for the end of the body; processes and threads that start in it never see it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -98,14 +98,14 @@ def interrupts_wait() -> Iterator[None]:
 
 
 def end_with_parent(parent: int) -> None:
-    """No orphan: from now on, this process is killed when its parent (a process id) is, or was (Linux)."""
+    """Let this process be killed when its parent (a process id) is, or was: no orphan stays (Linux)."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def _run(tasks: Sequence[SlotTask], slot: int, connection: Connection, parent: int) -> None:
-    """What a fork does."""
+    """Run the tasks that a fork is given."""
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent tells the user
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -58,7 +58,7 @@ class Processes:
 
 
 def make_fabric(runtime: Runtime, precision: Literal["32-true", "bf16-mixed"]) -> Fabric:
-    """Lightning Fabric for training: device placement, precision, several processes.
+    """Start Lightning Fabric for training: device placement, precision, several processes.
 
     Under torchrun this process is one of its processes; otherwise `runtime.devices` of them are started.
 

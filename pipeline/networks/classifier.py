@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.core.errors import WeightsError
 from pipeline.core.extensions import is_own, own_object
 from pipeline.core.network_names import check_network, mlp_size, resnet_size
+from pipeline.core.text import one_line
 from pipeline.images.prepared import Prepared
 from pipeline.networks.mlp import Mlp
 from pipeline.networks.resnet import ResNet
@@ -83,7 +84,7 @@ def build(architecture: Architecture) -> Classifier:
         try:
             network = timm.create_model(plain_name, pretrained=False, num_classes=classes, in_chans=channels)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise WeightsError(f"network '{name}': {' '.join(str(error).split())}") from None
+            raise WeightsError(f"network '{name}': {one_line(error)}") from None
         return _checked(Classifier(network, architecture))
     if layers := mlp_size(name):
         return Classifier(Mlp(*layers, prod(architecture.image_shape), classes), architecture)
@@ -100,14 +101,14 @@ def _from_torchvision(name: str, classes: int) -> nn.Module:
 
 
 def _checked(classifier: Classifier) -> Classifier:
-    """A classifier, refused when its network cannot take its images."""
+    """Return A classifier, refused when its network cannot take its images."""
     architecture = classifier.architecture
     height, width = architecture.image_shape[1:]
     try:
         with torch.no_grad():
             shape = tuple(classifier.eval()(torch.zeros(1, *architecture.image_shape)).shape)
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise WeightsError(
             f"network '{architecture.network}' does not take images of {height}x{width} ({reason}): set "
             "dataset.image_size, or take another network"
@@ -129,5 +130,5 @@ def move_to_(model: Classifier, device: torch.device) -> Classifier:
 
 
 def architecture_for(network: str, data: Prepared) -> Architecture:
-    """The architecture of a named network for a dataset."""
+    """Return the architecture of a named network for a dataset."""
     return Architecture(network, len(data.class_names), data.image_shape, data.mean, data.std)

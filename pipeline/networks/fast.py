@@ -17,7 +17,7 @@ def frozen(model: Classifier, device: torch.device) -> Classifier:
 
 
 def folded(model: Classifier) -> Classifier:
-    """A frozen copy for inference in which batch norm is part of the convolutions: fewer passes over memory.
+    """Return A frozen copy for inference in which batch norm is part of the convolutions: fewer passes over memory.
 
     Its logits differ from the model's by rounding only. Of a network that cannot be traced, or whose folded copy
     disagrees, it is a plain copy.
@@ -33,7 +33,7 @@ def folded(model: Classifier) -> Classifier:
 
 
 def _if_it_agrees(make: Callable[[], Classifier], plain: Classifier, tolerance: float) -> Classifier:
-    """A faster network, frozen for evaluation, if it can be made and its logits are nearly those of the plain one."""
+    """Return a faster network, frozen, if it can be made and its logits are nearly those of the plain one."""
     shape, generator = plain.architecture.image_shape, torch.Generator().manual_seed(0)
     probe = torch.rand(4, *shape, generator=generator).to(plain.mean.device)
     try:
@@ -47,7 +47,7 @@ def _if_it_agrees(make: Callable[[], Classifier], plain: Classifier, tolerance: 
 
 
 def halved(model: Classifier) -> Classifier:
-    """A copy of a folded network that computes in bfloat16 between its first and its last layer, for gradients.
+    """Return A copy of a folded network that computes in bfloat16 between its first and its last layer, for gradients.
 
     About twice as fast where the machine has instructions for it. Pixels and logits stay float32: a small perturbation
     would be lost in rounded pixels. Of a network that cannot be split so, or on another machine, it is the model.
@@ -78,7 +78,7 @@ def _halved(network: nn.Module) -> nn.Module:
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 faster than in float32."""
+    """Return whether a device computes in bfloat16 faster than in float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()

@@ -57,7 +57,7 @@ def load_with_digest(path: Path, data: Prepared, role: str) -> Loaded:
 
 
 def checked_accuracy(teacher: Classifier, data: Prepared, device: torch.device) -> float:
-    """The teacher's accuracy on a split, refused when it is near chance.
+    """Return the teacher's accuracy on a split, refused when it is near chance.
 
     Raises:
         WeightsError: it is hardly better than to name the largest class for every image.

@@ -16,20 +16,20 @@ PREDICTION_PIXELS = 256 * 32 * 32  # of a batch: larger ones make a CPU ask for 
 
 
 def rows_of_a_batch(image_shape: Sequence[int]) -> int:
-    """How many images (C, H, W) make a batch, on any device."""
+    """Return how many images (C, H, W) make a batch, on any device."""
     return min(1024, max(1, PREDICTION_PIXELS // (image_shape[1] * image_shape[2])))
 
 
 @torch.no_grad()
 def predict(model: nn.Module, images: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """Logits (N, classes) on the device, of uint8 images (N, C, H, W), with the model in evaluation mode."""
+    """Return logits (N, classes) on the device, of uint8 images (N, C, H, W), with the model in evaluation mode."""
     model.eval()
     rows = rows_of_a_batch(images.shape[1:])
     return torch.cat([model(pixels(batch.to(device))) for batch in torch.split(torch.from_numpy(images), rows)])
 
 
 def accuracy(model: nn.Module, data: Prepared, device: torch.device) -> float:
-    """The fraction of a split that a model classifies correctly."""
+    """Return the fraction of a split that a model classifies correctly."""
     return accuracy_of(predict(model, data.images, device).cpu(), torch.from_numpy(data.labels))
 
 

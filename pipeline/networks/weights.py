@@ -22,6 +22,7 @@ from pipeline.core.errors import WeightsError
 from pipeline.core.extensions import is_trusted
 from pipeline.core.files import write_atomically
 from pipeline.core.network_names import check_network
+from pipeline.core.text import first_problem, one_line
 from pipeline.machine.device import one_cpu_thread
 from pipeline.networks.classifier import Architecture, Classifier, build
 
@@ -74,7 +75,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def read_architecture(path: Path) -> Architecture | None:
-    """The architecture that a weights file describes in its metadata, if it does.
+    """Return the architecture that a weights file describes in its metadata, if it does.
 
     Raises:
         WeightsError: the file is missing, no safetensors file, or its description is unusable.
@@ -86,10 +87,8 @@ def read_architecture(path: Path) -> Architecture | None:
     try:
         given = _Description.model_validate_json(metadata[METADATA])
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
         raise WeightsError(
-            f"{path}: no usable description of its network in the metadata: {where}: {first['msg']}"
+            f"{path}: no usable description of its network in the metadata: {first_problem(error)}"
         ) from None
     return Architecture(given.network, given.classes, given.image_shape, tuple(given.mean), tuple(given.std))
 
@@ -110,7 +109,7 @@ def convert_state_dict(source: Path, target: Path) -> int:
     except FileNotFoundError:
         raise WeightsError(f"{source}: no such weights file") from None
     except Exception as error:  # torch raises all kinds on what is no checkpoint
-        first = " ".join(str(error).split())[:200] or type(error).__name__
+        first = one_line(error)[:200]
         raise WeightsError(
             f"{source}: cannot be loaded as tensors alone ({first}): save model.state_dict() there where you trust it"
         ) from None
@@ -123,7 +122,7 @@ def convert_state_dict(source: Path, target: Path) -> int:
     try:
         content = save({name: tensor.clone().contiguous() for name, tensor in state.items()})
     except (RuntimeError, KeyError, NotImplementedError) as error:
-        raise WeightsError(f"{source}: holds tensors that are not plain: {' '.join(str(error).split())}") from None
+        raise WeightsError(f"{source}: holds tensors that are not plain: {one_line(error)}") from None
     write_atomically(target, content)
     return len(state)
 

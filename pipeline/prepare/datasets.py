@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.core.errors import DataError
 from pipeline.core.parameters import Dataset
+from pipeline.core.text import one_line
 from pipeline.prepare.image_files import image_files
 
 SPLIT_FOLDERS = {
@@ -40,7 +41,7 @@ class Part(NamedTuple):
     """What a row is called in messages."""
 
     def take(self, rows: NDArray[np.intp]) -> Part:
-        """Some of the rows."""
+        """Return some of the rows."""
         return Part(self.labels[rows], lambda row: self.image(int(rows[row])), lambda row: self.name(int(rows[row])))
 
 
@@ -78,7 +79,7 @@ def open_dataset(dataset: Dataset, scratch: Path) -> Iterator[Source]:
 
 
 def _digits() -> Source:
-    """The 1,797 handwritten digits (8x8, gray) that come with scikit-learn."""
+    """Return the 1,797 handwritten digits (8x8, gray) that come with scikit-learn."""
     from sklearn.datasets import load_digits  # imported here: slow, and no other dataset needs it
 
     digits = load_digits()
@@ -88,7 +89,7 @@ def _digits() -> Source:
 
 
 def _spirals(seed: int) -> Source:
-    """3,000 points of three spiral arms, as gray images of two pixels: across and up, the middle at mid-grey."""
+    """Return 3,000 points of three spiral arms, as gray images of two pixels: across and up, the middle at mid-grey."""
     generator = np.random.default_rng(seed)
     label = np.arange(3000) % 3
     radius = np.sqrt(generator.uniform(0.02, 1, len(label)))
@@ -101,7 +102,7 @@ def _spirals(seed: int) -> Source:
 
 
 def _image_folder(path: Path, names: list[str], image: Callable[[str], Image.Image]) -> Source:
-    """Images in class folders, below `train`, `test` and `validation` (or `val`) folders where there are such."""
+    """Return images in class folders, below `train`, `test` and `validation` (or `val`) where there are such."""
     split_names = [tuple(name.split("/")) for name in names]
     while split_names and len({parts[0] for parts in split_names}) == 1 and _is_wrapper(split_names):
         split_names = [parts[1:] for parts in split_names]
@@ -136,7 +137,7 @@ def _image_folder(path: Path, names: list[str], image: Callable[[str], Image.Ima
 
 
 def _is_wrapper(split_names: Sequence[tuple[str, ...]]) -> bool:
-    """Whether the one top folder holds folders of folders, or folders of images, rather than images."""
+    """Return whether the one top folder holds folders of folders, or folders of images, rather than images."""
     return split_names[0][0].lower() not in SPLIT_FOLDERS and all(len(parts) > 2 for parts in split_names)
 
 
@@ -159,12 +160,12 @@ def _from_torchvision(name: str, root: Path) -> Source:
 
 
 def _loaded(loader: Any, root: Path, part: str) -> Any:
-    """A part of a torchvision dataset, downloaded when it is not there."""
+    """Return A part of a torchvision dataset, downloaded when it is not there."""
     chosen = {"split": part} if hasattr(loader, "split_list") else {"train": part == "train"}
     try:
         return loader(root, **chosen, download=True)
     except (OSError, RuntimeError, ValueError, EOFError, HTTPException) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise DataError(
             f"{loader.__name__} cannot be loaded from {root}, nor downloaded to it ({reason}); remove what is damaged "
             f"there, or put there by hand: {', '.join(_files_of(loader, root))}"
@@ -177,7 +178,7 @@ def _torchvision_part(part: str, dataset: Any) -> Part:
 
 
 def _files_of(loader: Any, root: Path) -> list[str]:
-    """Where the files of a torchvision dataset come from, and where they belong."""
+    """Return where the files of a torchvision dataset come from, and where they belong."""
     if hasattr(loader, "resources"):  # MNIST and those like it
         folder = root / loader.__name__ / "raw"
         return [f"{loader.mirrors[0]}{name} as {folder / name}" for name, _ in loader.resources]

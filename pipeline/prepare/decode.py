@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from pipeline.core.errors import DataError
 from pipeline.core.parameters import Dataset
+from pipeline.core.text import one_line
 from pipeline.images.prepared import (
     SPLITS,
     Images,
@@ -81,7 +82,7 @@ def prepare(source: Source, dataset: Dataset, directory: Path, threads: int | No
 
 
 def _blocks(pixels: BinaryIO, image_shape: tuple[int, int, int]) -> Iterator[Images]:
-    """The images in a file that holds nothing else."""
+    """Yield the images in a file that holds nothing else."""
     size = int(np.prod(image_shape))
     pixels.seek(0)
     while content := pixels.read(rows_at_a_time(image_shape) * size):
@@ -112,7 +113,7 @@ class _Decoder:
         return part.labels[good]
 
     def _in_order(self, part: Part) -> Iterator[tuple[int, list[Images | str]]]:
-        """Results of tasks, a few of which are under way at a time."""
+        """Yield results of tasks, a few of which are under way at a time."""
         waiting: deque[tuple[int, Future[list[Images | str]]]] = deque()
         yield 0, self._decode_rows(part, range(min(1, len(part.labels))))  # decides the shape
         step = min(ROWS_OF_A_TASK, rows_at_a_time(self.shape)) if hasattr(self, "shape") else 1
@@ -130,14 +131,14 @@ class _Decoder:
                 pool.shutdown(cancel_futures=True)
 
     def _decode_rows(self, part: Part, rows: Iterable[int]) -> list[Images | str]:
-        """An image (C, H, W) of each row, or what is wrong with it."""
+        """Return an image (C, H, W) of each row, or what is wrong with it."""
         images: list[Images | str] = []
         for row in rows:
             try:
                 with part.image(row) as image:
                     images.append(to_array(image, self.dataset.image_size, self.dataset.channels))
             except Exception as error:  # PIL raises all kinds on damaged images
-                images.append(f"{part.name(row)}: cannot be read: {' '.join(str(error).split())}")
+                images.append(f"{part.name(row)}: cannot be read: {one_line(error)}")
         return images
 
     def _report(self, problem: str) -> None:
@@ -163,7 +164,7 @@ class _Decoder:
 
 
 def to_array(image: Image.Image, size: tuple[int, int] | None, channels: int | None) -> Images:
-    """An image as an array (C, H, W).
+    """Return an image as an array (C, H, W).
 
     Args:
         image: of any mode of at most 8 bits a channel; transparency is dropped.

@@ -40,7 +40,7 @@ class ImageFiles(NamedTuple):
 
 @contextlib.contextmanager
 def image_files(path: Path, scratch: Path) -> Iterator[ImageFiles]:
-    """The image files of a folder, or of a .tar, .tar.gz or .zip file.
+    """Yield the image files of a folder, or of a .tar, .tar.gz or .zip file.
 
     Args:
         path: the folder or archive.
@@ -76,7 +76,7 @@ def image_files(path: Path, scratch: Path) -> Iterator[ImageFiles]:
 
 
 def _names_below(path: Path) -> Iterator[str]:
-    """Regular files, each folder once, however many links lead to it."""
+    """Yield regular files, each folder once, however many links lead to it."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}")
@@ -95,7 +95,7 @@ def _names_below(path: Path) -> Iterator[str]:
 
 
 def _images_among(names: list[str], read: Callable[[str], BinaryIO]) -> ImageFiles:
-    """The images among files, and how many others there are."""
+    """Return the images among files, and how many others there are."""
     images = [name for name in names if _is_image(name)]
     visible = [name for name in names if not _is_hidden(name)]
     others = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in visible if not _is_image(name))
@@ -108,12 +108,12 @@ def _is_image(name: str) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    """Among the hidden files that other systems leave behind."""
+    """Return whether a file is among the hidden ones that other systems leave behind."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def _safe(archive: Path, name: str, is_link: bool, size: int) -> str:
-    """The plain name of an archive's member, refused when it leads anywhere else or is too large."""
+    """Return the plain name of an archive's member, refused when it leads anywhere else or is too large."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise DataError(f"{archive}: member '{name}' leaves the archive's folder: refused")

@@ -47,7 +47,7 @@ def choose_by_class(labels: NDArray[np.int64], count: int, seed: int) -> NDArray
 
 
 def part_by_class(train: Prepared, fraction: float, seed: int) -> Prepared:
-    """A training split of a fraction of the images, with the classes in proportion, and its own statistics."""
+    """Return A training split of a fraction of the images, with the classes in proportion, and its own statistics."""
     if fraction == 1:
         return train
     rows = choose_by_class(train.labels, max(1, round(fraction * len(train.labels))), seed)
@@ -59,7 +59,7 @@ def part_by_class(train: Prepared, fraction: float, seed: int) -> Prepared:
 
 
 def split(source: Source, dataset: Dataset) -> dict[str, Part]:
-    """The train, validation and test parts; those that the dataset does not have are split off its training part.
+    """Return the train, validation and test parts, split off the training part where the dataset has none.
 
     Raises:
         DataError: one class only, labels outside the classes, or a part or class without images.
@@ -92,7 +92,7 @@ def _check_all_classes(labels: NDArray[np.int64], class_names: tuple[str, ...]) 
 
 
 def channel_statistics(blocks: Iterable[Images]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel, for pixels in [0, 1]; sums are exact, so the blocks do not matter."""
+    """Return mean and deviation of each channel, for pixels in [0, 1]; sums are exact, so the blocks do not matter."""
     count, sums, squares = 0, np.zeros(1, np.int64), np.zeros(1, np.int64)
     for block in blocks:
         pixels = block.astype(np.int64)

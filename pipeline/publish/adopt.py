@@ -12,7 +12,7 @@ from pipeline.shards.manifest import Manifest
 
 
 def stored_name(fingerprint: str, view: int, block: int) -> str:
-    """Where a shard is kept in the store."""
+    """Return where a shard is kept in the store."""
     return f"{fingerprint}/{shard_name(view, block)}"
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from pipeline.core.files import write_atomically
 from pipeline.core.parameters import Card
 from pipeline.core.status import Status
+from pipeline.core.text import markdown_table
 from pipeline.publish.croissant import croissant_text
 from pipeline.shards.format import MANIFEST, SHARD_FILES
-from pipeline.shards.manifest import Manifest, columns_in_order, shards_in_order
+from pipeline.shards.manifest import Manifest, columns_in_order
+from pipeline.shards.order import shards_in_order
 from pipeline.shards.quantiles import Spread, spread_of
 
 README = "README.md"
@@ -71,7 +72,7 @@ def write_card(directory: Path, manifest: Manifest, card: Card = NOTHING_STATED)
 
 
 def readme_text(manifest: Manifest, card: Card, spread: Spread | None) -> str:
-    """The card for people: Markdown, under metadata as the Hugging Face hub reads them.
+    """Return the card for people: Markdown, under metadata as the Hugging Face hub reads them.
 
     Args:
         manifest: of the dataset.
@@ -116,7 +117,7 @@ def _hub_licence(licence: str | None) -> dict[str, str]:
 
 
 def _summary(manifest: Manifest) -> str:
-    """Two sentences, in plain text."""
+    """Return two sentences, in plain text."""
     if manifest.is_sample:
         views = "a view" if manifest.rows == 1 else f"{manifest.rows:,} views"
         subject = f"{views} of training images, drawn at random from a larger dataset"
@@ -148,7 +149,7 @@ By `python -m stages.attack` of the project boundary-distillation, from these pa
 {json.dumps(manifest.parameters, indent=2, sort_keys=True)}
 ```
 
-{_table(("", ""), facts)}"""
+{markdown_table(("", ""), facts)}"""
 
 
 def _columns(manifest: Manifest) -> str:
@@ -163,7 +164,7 @@ def _columns(manifest: Manifest) -> str:
 A file `view-<view>-block-<block>.h5` has a block of {content}, as HDF5 datasets.
 Images are channels first, {height} high and {width} wide; the names of classes are in `{MANIFEST}`.
 
-{_table(("column", "dtype", "shape of a row", "meaning"), rows)}"""
+{markdown_table(("column", "dtype", "shape of a row", "meaning"), rows)}"""
 
 
 def _counts(manifest: Manifest) -> str:
@@ -188,9 +189,9 @@ def _counts(manifest: Manifest) -> str:
     ]
     return f"""## Counts
 
-{_table(("", ""), [(name, f"{count:,}") for name, count in counts.items()])}
+{markdown_table(("", ""), [(name, f"{count:,}") for name, count in counts.items()])}
 
-{_table(("status", "samples", "share"), statuses)}"""
+{markdown_table(("status", "samples", "share"), statuses)}"""
 
 
 def _quantiles(spread: Spread | None) -> str:
@@ -207,7 +208,7 @@ def _quantiles(spread: Spread | None) -> str:
 
 Quantiles; m is the logit of the base class minus that of the target class, at the stored sample.
 
-{_table(("", *(f"{q:.0%}" for q in QUANTILES)), rows)}"""
+{markdown_table(("", *(f"{q:.0%}" for q in QUANTILES)), rows)}"""
 
 
 def _usage(manifest: Manifest) -> str:
@@ -275,7 +276,7 @@ def _limits(manifest: Manifest) -> str:
 
 
 def croissant_card(manifest: Manifest, card: Card) -> str:
-    """The card for machines, in the Croissant format."""
+    """Return the card for machines, in the Croissant format."""
     stated = (("Source of the images", card.source), ("Terms of use", card.terms))
     return croissant_text(
         manifest,
@@ -288,12 +289,7 @@ def croissant_card(manifest: Manifest, card: Card) -> str:
     )
 
 
-def _table(head: tuple[str, ...], rows: list[Any]) -> str:
-    """A Markdown table; cells hold no line breaks and no bars."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
-
-
 def _escaped(text: str) -> str:
-    """A line of text as Markdown that shows just this text, URLs as links."""
+    """Return A line of text as Markdown that shows just this text, URLs as links."""
     parts = LINK.split(" ".join(text.split()))
     return "".join(f"<{part}>" if n % 2 else MARKUP.sub(r"\\\g<0>", part) for n, part in enumerate(parts))

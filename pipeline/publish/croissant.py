@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from pipeline.shards.format import MANIFEST, Column
-from pipeline.shards.manifest import Manifest, columns_in_order, manifest_text, shards_in_order
+from pipeline.shards.manifest import Manifest, columns_in_order, manifest_text
+from pipeline.shards.order import shards_in_order
 
 HDF5 = "application/x-hdf5"
 
@@ -22,7 +23,7 @@ def croissant_text(
     licence: str | None = None,
     url: str | None = None,
 ) -> str:
-    """The text of croissant.json.
+    """Return the text of croissant.json.
 
     Every file has its sha256. Croissant has no word yet for a dataset in an HDF5 file: each field names it as the
     column of a table, which tells people and validators where it is, but tools cannot read rows by it.
@@ -94,7 +95,7 @@ def _file(name: str, encoding: str, size: int, sha256: str) -> dict[str, str]:
 
 
 def _context() -> dict[str, Any]:
-    """The JSON-LD context of Croissant 1.1, as its specification has it."""
+    """Return the JSON-LD context of Croissant 1.1, as its specification has it."""
     own = (
         *("arrayShape", "citeAs", "column", "containedIn", "equivalentProperty", "extract", "field", "fileObject"),
         *("fileProperty", "fileSet", "format", "includes", "isArray", "isLiveDataset", "jsonPath", "key", "md5"),

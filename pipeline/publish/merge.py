@@ -7,7 +7,7 @@ the dataset was put together from.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +16,13 @@ from pipeline.core.errors import ParameterError, ShardError, shown
 from pipeline.core.files import atomic_directory
 from pipeline.core.parameters import Card
 from pipeline.core.provenance import fingerprint
+from pipeline.core.text import leaves
 from pipeline.publish.card import BESIDE, NOTHING_STATED, PUBLISHED
 from pipeline.publish.rewrite import Origin, WholeDataset, check_out, finish, read_shard, read_whole, write_block
 from pipeline.shards.check import check_shard
 from pipeline.shards.format import FORMAT_VERSION, MANIFEST
-from pipeline.shards.manifest import Manifest, shards_in_order
+from pipeline.shards.manifest import Manifest
+from pipeline.shards.order import shards_in_order
 
 NOT_SHARED = {"fingerprint", "views", "shards", "totals"}  # fields of a manifest in which merged datasets may differ
 LONGEST_VALUE = 100  # characters of a value in an error
@@ -91,7 +93,7 @@ def _check_fits(first: WholeDataset, other: WholeDataset) -> None:
 
 
 def _shared_fields(manifest: Manifest) -> dict[str, Any]:
-    """What datasets must have in common to be merged, by dotted name."""
+    """Return what datasets must have in common to be merged, by dotted name."""
     values = manifest.model_dump(mode="json", exclude=NOT_SHARED)
     values["parameters"].pop("merged", None)
     values["parameters"]["attack"].pop("seed", None)
@@ -99,15 +101,7 @@ def _shared_fields(manifest: Manifest) -> dict[str, Any]:
     views = groupby(shards_in_order(manifest), key=lambda shard: shard.view)
     by_view = [[shard.rows for shard in shards] for _, shards in views]
     values["rows of the blocks"] = by_view[0] if all(rows == by_view[0] for rows in by_view) else by_view
-    return dict(_flat(values))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    return dict(leaves(values))
 
 
 def _text(values: dict[str, Any], name: str) -> str:
@@ -115,7 +109,7 @@ def _text(values: dict[str, Any], name: str) -> str:
 
 
 def _different_views(datasets: list[WholeDataset]) -> list[_View]:
-    """The views of all datasets in order, each draw once."""
+    """Return the views of all datasets in order, each draw once."""
     taken: dict[tuple[int, int], _View] = {}
     for dataset in datasets:
         for view in _views_of(dataset):
@@ -136,7 +130,7 @@ def _different_views(datasets: list[WholeDataset]) -> list[_View]:
 
 
 def _shards_of(view: _View) -> list[str]:
-    """Digests of a view's shards; none where they were written again and name another dataset."""
+    """Return digests of a view's shards; none where they were written again and name another dataset."""
     manifest = view.dataset.manifest
     if manifest.fingerprint != view.fingerprint:
         return []
@@ -158,7 +152,7 @@ def _views_of(dataset: WholeDataset) -> list[_View]:
 
 
 def _merged_manifest(datasets: list[WholeDataset], views: list[_View]) -> Manifest:
-    """The manifest, but for its shards."""
+    """Return the manifest, but for its shards."""
     first = datasets[0].manifest
     changes: dict[str, Any] = {"views": len(views)}
     if any(dataset.manifest.fingerprint != first.fingerprint for dataset in datasets):

@@ -76,7 +76,7 @@ def _check_sizes(directory: Path, manifest: Manifest) -> None:
 
 
 def _parquet(table: pyarrow.Table) -> bytes:
-    """The bytes of a file; made in memory, so that a full disk is met, and told, where all other files are written."""
+    """Return the bytes of a file: made in memory, so that a full disk is met where all other files are written."""
     import pyarrow
     from pyarrow import parquet
 
@@ -103,12 +103,12 @@ def _table(directory: Path, manifest: Manifest, shard: ShardEntry) -> pyarrow.Ta
 
 
 def _columns_of(manifest: Manifest) -> dict[str, Column]:
-    """The columns of a file."""
+    """Return the columns of a file."""
     return {"view": Column("int32", (), "number of the view"), **columns_in_order(manifest)}
 
 
 def _array(values: NDArray[Any]) -> pyarrow.Array:
-    """Values (N, ...) as N numbers, lists of a fixed length, or lists of lists.
+    """Return values (N, ...) as N numbers, lists of a fixed length, or lists of lists.
 
     These are of any length, as Hugging Face's type of an array says.
     """
@@ -124,7 +124,7 @@ def _array(values: NDArray[Any]) -> pyarrow.Array:
 
 
 def _array_type(column: Column) -> dict[str, str] | None:
-    """What marks a field of lists of lists as an array of a known shape."""
+    """Return what marks a field of lists of lists as an array of a known shape."""
     if len(column.shape) < 2:
         return None
     return {
@@ -134,7 +134,7 @@ def _array_type(column: Column) -> dict[str, str] | None:
 
 
 def _features(columns: Mapping[str, Column], class_names: list[str]) -> dict[str, Any]:
-    """What Hugging Face's library reads of a schema: the type of every column."""
+    """Return what Hugging Face's library reads of a schema: the type of every column."""
     features = {name: _feature(column) for name, column in columns.items()}
     features["label"] = {"_type": "ClassLabel", "names": class_names}
     return {"info": {"features": features}}

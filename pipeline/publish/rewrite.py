@@ -9,9 +9,10 @@ from typing import Any, Literal, NamedTuple
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from pipeline.core.errors import ShardError, shown
+from pipeline.core.errors import ShardError
 from pipeline.core.files import check_apart, check_replaceable, file_digest, write_atomically
 from pipeline.core.parameters import Card
+from pipeline.core.text import first_problem
 from pipeline.publish.card import BESIDE, PUBLISHED, write_card
 from pipeline.publish.writer import write_shard
 from pipeline.shards.file import read_columns
@@ -78,9 +79,7 @@ def read_whole(directory: Path) -> WholeDataset:
     try:
         parameters = _Parameters.model_validate(manifest.parameters)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = shown(".".join(map(str, ("parameters", *first["loc"]))))
-        raise ShardError(f"{directory / MANIFEST}: {name}: {first['msg']}") from None
+        raise ShardError(f"{directory / MANIFEST}: {first_problem(error, 'parameters')}") from None
     if parameters.sample is not None:
         raise ShardError(
             f"{directory}: is a sample of another dataset ({manifest.rows} rows): take the dataset it was drawn from"
@@ -90,7 +89,7 @@ def read_whole(directory: Path) -> WholeDataset:
 
 
 def read_shard(dataset: WholeDataset, shard: ShardEntry) -> Columns:
-    """All columns of a shard, as stored."""
+    """Return all columns of a shard, as stored."""
     directory, manifest, _ = dataset
     attributes = attributes_of(manifest.fingerprint, shard.view, shard.block)
     values = read_columns(directory / shard.name, manifest.columns, attributes)

@@ -16,7 +16,8 @@ from pipeline.publish.card import BESIDE, NOTHING_STATED, PUBLISHED
 from pipeline.publish.rewrite import Columns, WholeDataset, check_out, finish, read_shard, read_whole, write_block
 from pipeline.shards.check import check_shard
 from pipeline.shards.format import FORMAT_VERSION
-from pipeline.shards.manifest import Manifest, shards_in_order
+from pipeline.shards.manifest import Manifest
+from pipeline.shards.order import shards_in_order
 
 
 def sample(directory: Path, rows: int, seed: int, out: Path, card: Card = NOTHING_STATED) -> Manifest:
@@ -53,7 +54,7 @@ def sample(directory: Path, rows: int, seed: int, out: Path, card: Card = NOTHIN
 
 
 def _sample_manifest(dataset: WholeDataset, drawn: NDArray[np.int64], seed: int) -> Manifest:
-    """The manifest, but for its shards."""
+    """Return the manifest, but for its shards."""
     manifest = dataset.manifest
     parameters = manifest.parameters | {
         "sample": {"fingerprint": manifest.fingerprint, "rows": len(drawn), "seed": seed}
@@ -65,7 +66,7 @@ def _sample_manifest(dataset: WholeDataset, drawn: NDArray[np.int64], seed: int)
 
 
 def _blocks_of(dataset: WholeDataset, drawn: NDArray[np.int64]) -> Iterator[Columns]:
-    """The rows with these numbers (ascending, over all views), in blocks as large as those of the dataset."""
+    """Yield the rows with these numbers (ascending, over all views), in blocks as large as those of the dataset."""
     shards = shards_in_order(dataset.manifest)
     ends = np.cumsum([shard.rows for shard in shards])
     size = max(shard.rows for shard in shards)

@@ -55,7 +55,7 @@ CONFIG = {
 
 
 def accuracy_chart(rows: Rows, methods: Sequence[str]) -> Spec:
-    """Accuracy of every seed by method, with mean and standard deviation.
+    """Return accuracy of every seed by method, with mean and standard deviation.
 
     Args:
         rows: of one student: method, seed, accuracy (fraction).
@@ -65,7 +65,7 @@ def accuracy_chart(rows: Rows, methods: Sequence[str]) -> Spec:
 
 
 def similarity_chart(rows: Rows, methods: Sequence[str], measure: str, title: str) -> Spec:
-    """A similarity of every seed by method, with mean and standard deviation; `rows` without undefined ones."""
+    """Return A similarity of every seed by method, with mean and standard deviation; `rows` without undefined ones."""
     return _by_method([row for row in rows if row[measure] is not None], methods, measure, title, ".3f")
 
 
@@ -97,7 +97,7 @@ def _by_method(rows: Rows, methods: Sequence[str], measure: str, title: str, num
 
 
 def _spread(rows: Rows, method: str, measure: str) -> dict[str, Any]:
-    """Mean and standard deviation of a method's seeds; without a mean where there is none."""
+    """Return mean and standard deviation of a method's seeds; without a mean where there is none."""
     known = estimate([[row[measure] for row in rows if row["method"] == method]])
     if known is None:
         return {"method": method, "n": 0}
@@ -113,7 +113,7 @@ def _spread(rows: Rows, method: str, measure: str) -> dict[str, Any]:
 
 
 def curves_chart(rows: Rows, methods: Sequence[str]) -> Spec:
-    """Learning curves of one student: mean accuracy on the validation split over seeds, and its range.
+    """Return learning curves of one student: mean accuracy on the validation split over seeds, and its range.
 
     Args:
         rows: method, seed, epoch, validation_accuracy (fraction).
@@ -133,7 +133,7 @@ def curves_chart(rows: Rows, methods: Sequence[str]) -> Spec:
 
 
 def _over_seeds(rows: Rows) -> list[dict[str, Any]]:
-    """Mean, lowest and highest accuracy of each method and epoch."""
+    """Return mean, lowest and highest accuracy of each method and epoch."""
     found: dict[tuple[str, int], list[float]] = {}
     for row in rows:
         found.setdefault((row["method"], row["epoch"]), []).append(row["validation_accuracy"])
@@ -150,7 +150,7 @@ def _over_seeds(rows: Rows) -> list[dict[str, Any]]:
 
 
 def views_chart(results: Results, student: str) -> Spec:
-    """Accuracy of a student against the number of views, with standard errors; dashed: the teacher in the loop."""
+    """Draw accuracy against the number of views, with standard errors; dashed: the teacher in the loop."""
     rows: list[dict[str, Any]] = []
     lines: list[dict[str, Any]] = []
     for cell in results.cells:
@@ -185,7 +185,7 @@ def views_chart(results: Results, student: str) -> Spec:
 
 
 def histogram(values: NDArray[np.float64], limit: float = 0.0) -> list[dict[str, Any]]:
-    """Counts of values (n,), all at least 0, in equal bins from 0 to the largest, or to a limit if that is more.
+    """Return counts of values (n,), all at least 0, in equal bins from 0 to the largest, or to a limit if that is more.
 
     Returns:
         `from`, `to` and `samples` of each bin; none without values.
@@ -200,7 +200,7 @@ def histogram(values: NDArray[np.float64], limit: float = 0.0) -> list[dict[str,
 
 
 def histogram_chart(rows: Rows, title: str, limit: float | None = None) -> Spec:
-    """The bins of a histogram as bars; a limit is a dashed line."""
+    """Return the bins of a histogram as bars; a limit is a dashed line."""
     bars = (
         _chart(rows)
         .mark_bar(color=COLOURS["bss"], opacity=0.85)

@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
 
 
 def read_curves(path: Path) -> list[dict[str, Any]]:
-    """Seed, epoch and validation accuracy of each row of a file of learning curves; none without a validation split.
+    """Read seed, epoch and validation accuracy from a file of learning curves; none without a validation split.
 
     Raises:
         DataError: it is not there, or not what training writes.
@@ -79,7 +79,7 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
 
 
 def gather(inputs: Inputs, progress: Callable[[], Any]) -> Content:
-    """Everything on the page.
+    """Return everything on the page.
 
     Args:
         inputs: what the stages wrote.
@@ -143,13 +143,13 @@ def _table(students: Students, found: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def _difference(verdict: Verdict, named: bool) -> str:
-    """The cell of a difference; one that is clear begins with a star."""
+    """Return the cell of a difference; one that is clear begins with a star."""
     star = "*" if verdict.difference.is_clear else ""
     return f"{star}{verdict.text}{f' to {verdict.reference}' if named else ''}"
 
 
 def _runs(students: Students, student: str) -> list[dict[str, Any]]:
-    """The records of all runs of one student."""
+    """Return the records of all runs of one student."""
     return [
         {"method": method} | record.model_dump()
         for (name, method), records in students.items()

@@ -41,21 +41,21 @@ class Plane(NamedTuple):
     """Its length, L2 in pixel space."""
 
     def points(self, number: int) -> Tensor:
-        """(number * number, C, H, W): row by row from the bottom, on all of the square; not clipped to [0, 1]."""
+        """Return points (number * number, C, H, W) of the square, row by row from the bottom, not clipped to [0, 1]."""
         steps = torch.linspace(0, self.side, number)
         b, a = torch.meshgrid(self.bottom + steps, self.left + steps, indexing="ij")
         shape = (-1, *[1] * self.origin.ndim)
         return self.origin + a.reshape(shape) * self.across + b.reshape(shape) * self.up
 
     def coordinates(self, images: Tensor) -> NDArray[np.float64]:
-        """(N, 2): where images (N, C, H, W) are, or their projections on the plane."""
+        """Return (N, 2): where images (N, C, H, W) are, or their projections on the plane."""
         offsets = (images - self.origin).flatten(1).double()
         axes = torch.stack([self.across.flatten(), self.up.flatten()], 1).double()
         return (offsets @ axes).numpy()
 
 
 def plane_through(image: Tensor, first: Tensor, second: Tensor) -> Plane:
-    """The plane through three points (C, H, W); if they lie on a line, through that line and an arbitrary direction.
+    """Return the plane through three points (C, H, W), or through a line of them and an arbitrary direction.
 
     Points that are all the same are in the middle of a square of side 1.
     """
@@ -71,7 +71,7 @@ def plane_through(image: Tensor, first: Tensor, second: Tensor) -> Plane:
 
 
 def _orthonormal(directions: Iterable[Tensor]) -> list[Tensor]:
-    """Axes of length 1 by Gram and Schmidt, without directions that the ones before nearly span."""
+    """Return axes of length 1 by Gram and Schmidt, without directions that the ones before nearly span."""
     axes: list[Tensor] = []
     for direction in directions:
         rest = direction.clone()
@@ -83,7 +83,7 @@ def _orthonormal(directions: Iterable[Tensor]) -> list[Tensor]:
 
 
 def unit_square(shape: Sequence[int]) -> Plane:
-    """All images of two pixels, of shape (C, H, W): the first pixel to the right, the second one up."""
+    """Return all images of two pixels, of shape (C, H, W): the first pixel to the right, the second one up."""
     across, up = torch.eye(2).view(2, *shape)
     return Plane(torch.zeros(*shape), across, up, 0.0, 0.0, 1.0)
 
@@ -103,7 +103,7 @@ class Scene(NamedTuple):
 
 
 def search_path(logits_of: LogitsFunction, image: Tensor, base: int, target: int) -> Tensor:
-    """Every point (P, C, H, W) at which the default search looks on its way from an image (C, H, W), in order."""
+    """Return the points (P, C, H, W) at which the default search looks on its way from an image (C, H, W)."""
     seen: list[Tensor] = []
 
     def watched(x: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def search_path(logits_of: LogitsFunction, image: Tensor, base: int, target: int
 
 
 def logits_on(model: torch.nn.Module, plane: Plane, device: torch.device) -> NDArray[np.float32]:
-    """(classes, side, side) logits at the middles of a picture's pixels: cubic splines through those at some points."""
+    """Return logits (classes, side, side) at a picture's pixels: cubic splines through those at some points."""
     from scipy.interpolate import make_interp_spline
 
     count = POINTS if plane.origin.numel() <= LARGE_IMAGE else FEWER_POINTS
@@ -128,13 +128,13 @@ def logits_on(model: torch.nn.Module, plane: Plane, device: torch.device) -> NDA
 
 
 def margin_on(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(side, side): the best logit less the second best of (classes, side, side)."""
+    """Return (side, side): the best logit less the second best of (classes, side, side)."""
     second, best = np.partition(logits, -2, axis=0)[-2:]
     return np.asarray(best - second)
 
 
 def _palette(classes: int) -> NDArray[np.float64]:
-    """(classes, 3): a colour for each class; the twenty-first has that of the first."""
+    """Return (classes, 3): a colour for each class; the twenty-first has that of the first."""
     from matplotlib import colormaps
 
     colours: Any = colormaps["tab10" if classes <= 10 else "tab20"]
@@ -178,7 +178,7 @@ def draw_map(
 
 
 def _boundaries(logits: NDArray[np.float32] | None) -> Iterator[NDArray[np.float32]]:
-    """Fields that are zero on the boundaries, each boundary in one of them (dashes drawn twice would fill their gaps).
+    """Yield fields that are zero on the boundaries, each boundary in one: dashes drawn twice fill their gaps.
 
     A field is masked where a class has the one or the other of the two largest logits that had a field before.
     """
@@ -194,7 +194,7 @@ def _boundaries(logits: NDArray[np.float32] | None) -> Iterator[NDArray[np.float
 
 
 def _names_in(regions: NDArray[np.int64], names: Sequence[str], plane: Plane) -> Iterator[tuple[str, float, float]]:
-    """The name of each large region's class, and the point of the region that is farthest from its end."""
+    """Yield the name of each large region's class, and the point of the region that is farthest from its end."""
     from scipy.ndimage import distance_transform_edt, label
 
     pixel = plane.side / len(regions)
@@ -209,7 +209,7 @@ def _names_in(regions: NDArray[np.int64], names: Sequence[str], plane: Plane) ->
 
 
 def _draw_paths(axes: Any, scene: Scene, classes: int) -> None:
-    """What a teacher's map has beside the samples: training images in the colours of their classes, and paths."""
+    """Draw what a teacher's map has beside the samples: training images in the colours of their classes, and paths."""
     colours = _palette(classes)[scene.labels]
     axes.scatter(*scene.images.T, s=12, c=colours, linewidths=0.4, edgecolors=PAPER, zorder=3)
     for path in scene.paths:
@@ -217,14 +217,14 @@ def _draw_paths(axes: Any, scene: Scene, classes: int) -> None:
 
 
 def agreement_on(logits: NDArray[np.float32], teacher: NDArray[np.float32]) -> float:
-    """The fraction of a plane on which two networks, (classes, side, side) each, predict the same class."""
+    """Return the fraction of a plane on which two networks, (classes, side, side) each, predict the same class."""
     return float((logits.argmax(0) == teacher.argmax(0)).mean())
 
 
 def map_png(
     scene: Scene, logits: NDArray[np.float32], names: Sequence[str], teacher: NDArray[np.float32] | None
 ) -> bytes:
-    """A picture of one network's map alone, as PNG; arguments as of `draw_map`."""
+    """Return A picture of one network's map alone, as PNG; arguments as of `draw_map`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(INCHES, INCHES), dpi=DOTS_PER_INCH)
@@ -233,7 +233,7 @@ def map_png(
 
 
 def png_of(figure: Any) -> bytes:
-    """A figure of matplotlib as PNG, without the name of the program."""
+    """Return A figure of matplotlib as PNG, without the name of the program."""
     content = BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})
     return content.getvalue()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.core.parameters import Params
+from pipeline.core.text import leaves
 from pipeline.core.timings import RunRecord
 from pipeline.machine.device import processor
 from pipeline.shards.manifest import Manifest
@@ -22,7 +23,7 @@ Facts = dict[str, dict[str, Any]]
 
 
 def facts_of(params: Params, manifest: Manifest, records: Mapping[str, RunRecord], device: torch.device) -> Facts:
-    """What a run followed from, and what it took."""
+    """Return what a run followed from, and what it took."""
     values = params.model_dump(mode="json", exclude={"runtime", "method", "card"})
     facts: Facts = {
         "Stages, last time they had work to do on this machine": {
@@ -42,15 +43,9 @@ def facts_of(params: Params, manifest: Manifest, records: Mapping[str, RunRecord
     return facts
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested parameters by dotted name, as they stand in the parameter file."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value if isinstance(value, str) else json.dumps(value)
-    return found
+def _flat(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return nested parameters by dotted name, as they stand in the parameter file."""
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in leaves(values)}
 
 
 def _versions(device: torch.device) -> dict[str, Any]:

@@ -59,12 +59,12 @@ class Content(NamedTuple):
 
 
 def render(content: Content) -> str:
-    """The page as text."""
+    """Return the page as text."""
     return _filled("page.html", content._asdict())
 
 
 def plots_page() -> str:
-    """A page that `dvc plots show` fills, for its `plots.html_template`: its own one fetches the scripts."""
+    """Return A page that `dvc plots show` fills, for its `plots.html_template`: its own one fetches the scripts."""
     return _filled("plots.html", {})
 
 
@@ -84,7 +84,7 @@ def _filled(template: str, values: Mapping[str, Any]) -> str:
 
 @functools.cache
 def _vega() -> str:
-    """The scripts of Vega, Vega-Lite and Vega-Embed, in the versions that the charts are written for."""
+    """Return the scripts of Vega, Vega-Lite and Vega-Embed, in the versions that the charts are written for."""
     import altair
     import vl_convert
 

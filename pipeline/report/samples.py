@@ -17,6 +17,7 @@ from pipeline.images.pixels import pixels
 from pipeline.images.prepared import Prepared
 from pipeline.images.views import apply_views
 from pipeline.search.boundary import probability_margin
+from pipeline.shards.order import shards_by_view
 from pipeline.shards.reader import BoundaryShards, samples_of
 
 SHARDS_SEARCHED = 8  # of the first view, at most: the gallery shows examples, not extremes
@@ -40,7 +41,7 @@ class Example(NamedTuple):
 
 
 def typical_examples(shards: BoundaryShards, train: Prepared, most: int) -> list[Example]:
-    """For each base class, the converged sample of median distance among the first ones of view 0.
+    """Return, for each base class, the converged sample of median distance among the first ones of view 0.
 
     Args:
         shards: the dataset.
@@ -48,7 +49,7 @@ def typical_examples(shards: BoundaryShards, train: Prepared, most: int) -> list
         most: how many classes.
     """
     columns: dict[str, list[NDArray[np.float64]]] = {"label": [], "status": [], "distance": []}
-    for shard in shards.shards_of_view(0)[:SHARDS_SEARCHED]:
+    for shard in shards_by_view(shards.manifest)[0][:SHARDS_SEARCHED]:
         for name, values in shards.read(shard, columns).items():
             columns[name].append(values if name == "label" else values[:, 0])
     label, status, distance = (np.concatenate(values) for values in columns.values())
@@ -75,7 +76,7 @@ def _example(shards: BoundaryShards, train: Prepared, number: int) -> Example:
 
 
 def image_of(row: dict[str, Tensor], train: Prepared, padding: int) -> Tensor:
-    """(C, H, W) uint8: the view of a row, made again from the training split where it is not embedded."""
+    """Return (C, H, W) uint8: the view of a row, made again from the training split where it is not embedded."""
     if "image" in row:
         return row["image"]
     image = torch.from_numpy(train.images[[int(row["index"])]])
@@ -83,20 +84,20 @@ def image_of(row: dict[str, Tensor], train: Prepared, padding: int) -> Tensor:
 
 
 def amplification(example: Example) -> float:
-    """By what a perturbation is multiplied, so that its largest pixel is black or white around grey."""
+    """Return by what to multiply a perturbation so that its largest pixel is black or white around grey."""
     largest = float((example.sample - example.image).abs().max())
     return 0.5 / largest if largest > 0 else 1.0
 
 
 def pictures(example: Example) -> Iterator[bytes]:
-    """PNG files of the image, its sample (clipped to [0, 1]) and the amplified perturbation, one pixel each."""
+    """Yield PNG files of the image, its sample (clipped to [0, 1]) and the amplified perturbation, one pixel each."""
     yield png(example.image)
     yield png(example.sample)
     yield png(0.5 + amplification(example) * (example.sample - example.image))
 
 
 def png(image: Tensor) -> bytes:
-    """An image (C, H, W), 1 or 3 channels, clipped to [0, 1], as PNG."""
+    """Return an image (C, H, W), 1 or 3 channels, clipped to [0, 1], as PNG."""
     values = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     content = BytesIO()
     Image.fromarray(values[..., 0] if values.shape[2] == 1 else values).save(content, "PNG", optimize=True)

@@ -27,6 +27,7 @@ from pipeline.report.page import Picture, Row
 from pipeline.report.samples import Example, image_of
 from pipeline.search.find import find_boundary
 from pipeline.shards.manifest import Manifest
+from pipeline.shards.order import shards_by_view
 from pipeline.shards.reader import BoundaryShards, samples_of
 
 SCENES = 3
@@ -35,12 +36,12 @@ POINTS_DRAWN = 1000
 
 
 def is_planar(manifest: Manifest) -> bool:
-    """Whether images have two pixels, so that a plane holds all of them."""
+    """Return whether images have two pixels, so that a plane holds all of them."""
     return int(np.prod(manifest.image_shape)) == 2
 
 
 def maps_to_draw(models: Mapping[str, Classifier], manifest: Manifest) -> int:
-    """How many decision maps there can be."""
+    """Return how many decision maps there can be."""
     return len(models) * (1 if is_planar(manifest) else SCENES)
 
 
@@ -51,7 +52,7 @@ def decision_maps(
     device: torch.device,
     progress: Callable[[], Any],
 ) -> Iterator[Row]:
-    """A row of pictures for each titled scene, one of each model.
+    """Yield A row of pictures for each titled scene, one of each model.
 
     Args:
         scenes: with their titles.
@@ -76,7 +77,7 @@ def decision_maps(
 def scenes_of(
     shards: BoundaryShards, train: Prepared, teacher: Classifier, examples: Sequence[Example]
 ) -> Iterator[tuple[str, Scene]]:
-    """Scenes with their titles.
+    """Yield scenes with their titles.
 
     Args:
         shards: the dataset.
@@ -101,7 +102,7 @@ def scenes_of(
 
 
 def _second_sample(teacher: Classifier, example: Example) -> tuple[Tensor, int] | None:
-    """Another sample of an image, towards the likeliest class that has one, and that class."""
+    """Return another sample of an image, towards the likeliest class that has one, and that class."""
     base = torch.tensor([example.base])
     for target in example.logits.argsort(descending=True):
         if int(target) not in (example.base, example.target):
@@ -112,9 +113,9 @@ def _second_sample(teacher: Classifier, example: Example) -> tuple[Tensor, int] 
 
 
 def planar_scene(shards: BoundaryShards, train: Prepared, teacher: Classifier) -> Scene:
-    """Points of view 0, their boundary-supporting samples, and the paths of some of their searches, made again."""
+    """Return the points of view 0, their samples, and the paths of some of their searches, made again."""
     plane, padding = unit_square(shards.manifest.image_shape), shards.manifest.augmentation.padding
-    count = min(POINTS_DRAWN, sum(shard.rows for shard in shards.shards_of_view(0)))
+    count = min(POINTS_DRAWN, sum(shard.rows for shard in shards_by_view(shards.manifest)[0]))
     rows = [shards[number] for number in range(count)]
     images = torch.stack([image_of(row, train, padding) for row in rows])
     labels = torch.stack([row["label"] for row in rows])
@@ -137,7 +138,7 @@ def planar_scene(shards: BoundaryShards, train: Prepared, teacher: Classifier) -
 
 
 def maps_note(manifest: Manifest) -> str:
-    """What the marks on decision maps are."""
+    """Return what the marks on decision maps are."""
     lines = (
         "Colours are the classes that a network predicts; thin lines are logit margins of 1, 2, 4 and 8, thick ones "
         "decision boundaries, dashed ones those of the teacher."

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
-from io import StringIO
-from math import hypot
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
 from pipeline.core.errors import DataError
 from pipeline.core.parameters import Method
-from pipeline.evaluate.statistics import Difference, Estimate, estimate
+from pipeline.core.text import csv_text, markdown_table, one_line
+from pipeline.evaluate.statistics import Difference, Estimate, difference, difference_cell, estimate, mean_cell
 
 
 class Record(BaseModel):
@@ -68,31 +65,34 @@ def read_result(path: Path, kind: type[Result]) -> Result:
     try:
         return kind.model_validate_json(path.read_text())
     except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise DataError(f"{path}: cannot be read ({reason}); make it with: python -m stages.evaluate") from None
 
 
-def spread(values: Sequence[float | None]) -> dict[str, float | int | None]:
-    """Mean, standard deviation over seeds (ddof 1; None for one value) and number of the values that are defined."""
-    defined = [value for value in values if value is not None]
-    return {
-        "mean": fmean(defined) if defined else None,
-        "std": stdev(defined) if len(defined) > 1 else None,
-        "n": len(defined),
-    }
+def estimate_of(records: StudentRecords, measure: str) -> Estimate | None:
+    """Return the mean over seeds of a measure, without runs that do not have it; None where none has."""
+    values = [getattr(record, measure) for record in records.seeds]
+    return estimate([[value for value in values if value is not None]])
+
+
+def _figures(known: Estimate | None) -> dict[str, float | int | None]:
+    """Return mean, standard deviation over seeds (ddof 1; None for one run) and number of runs."""
+    if known is None:
+        return {"mean": None, "std": None, "n": 0}
+    return {"mean": known.mean, "std": known.deviation, "n": known.runs}
 
 
 def summarise(dataset: str, teacher: TeacherRecord, students: Students) -> dict[str, Any]:
-    """The summary of a comparison, as fractions."""
+    """Return the summary of a comparison, as fractions."""
     summary: dict[str, Any] = {"dataset": dataset, "teacher": teacher.model_dump(), "students": {}}
     for (student, method), records in students.items():
-        figures = {measure: spread([getattr(record, measure) for record in records.seeds]) for measure in MEASURES}
+        figures = {measure: _figures(estimate_of(records, measure)) for measure in MEASURES}
         summary["students"].setdefault(student, {})[method] = figures
     return summary
 
 
 def metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The means alone, few and short enough for `dvc metrics` and `dvc exp show`: by student, method, measure."""
+    """Return the means alone, by student, method and measure: few enough for `dvc metrics` and `dvc exp show`."""
     shown: dict[str, Any] = {"teacher": {"accuracy": round(summary["teacher"]["accuracy"], 4)}}
     for student, methods in summary["students"].items():
         for method, figures in methods.items():
@@ -103,67 +103,52 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table_cells(students: Students) -> tuple[list[str], list[list[str]]]:
-    """The header and rows of the table: one for each student and method, mean +- standard deviation over seeds."""
+    """Return header and rows of the table: by student and method, mean and standard deviation over seeds."""
     rows = []
     for (student, method), records in students.items():
-        figures = [spread([getattr(record, name) for record in records.seeds]) for name in TABLE]
-        cells = [_cell(figure, scale) for figure, (_, scale) in zip(figures, TABLE.values(), strict=True)]
+        cells = [mean_cell(estimate_of(records, name), scale, "no pairs") for name, (_, scale) in TABLE.items()]
         rows.append([student, method, str(len(records.seeds)), *cells])
     return ["Student", "Method", "n", *(title for title, _ in TABLE.values())], rows
 
 
-def markdown_table(dataset: str, teacher: TeacherRecord, students: Students) -> str:
-    """The table as Markdown."""
+def summary_table(dataset: str, teacher: TeacherRecord, students: Students) -> str:
+    """Return the table as Markdown, with the teacher above it and a note below."""
     header, rows = table_cells(students)
-    lines = [f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
-    lines += [f"| {' | '.join(cells)} |" for cells in rows]
     note = (
         "Mean and standard deviation over student seeds, given one teacher and one draw of views; test split. MagSim "
         "and AngSim over the pairs that all students have in common."
     )
-    return f"Teacher on {dataset}: {teacher.accuracy:.1%} accuracy.\n\n" + "\n".join(lines) + f"\n\n{note}\n"
-
-
-def _cell(figure: Mapping[str, float | None], scale: float) -> str:
-    if figure["mean"] is None:
-        return "no pairs"
-    digits = 1 if scale == 100 else 3
-    deviation = "" if figure["std"] is None else f" ± {figure['std'] * scale:.{digits}f}"
-    return f"{figure['mean'] * scale:.{digits}f}{deviation}"
+    table = markdown_table(header, rows, words=2)
+    return f"Teacher on {dataset}: {teacher.accuracy:.1%} accuracy.\n\n{table}\n\n{note}\n"
 
 
 def seeds_csv(students: Students) -> str:
-    """Every run as CSV: student, method, seed, and its figures; empty where a similarity has no pairs."""
+    """Return every run as CSV: student, method, seed, and its figures; empty where a similarity has no pairs."""
     rows = [
         {"student": student, "method": method} | {name: getattr(record, name) for name in ("seed", *MEASURES)}
         for (student, method), records in students.items()
         for record in records.seeds
     ]
-    return csv_text(("student", "method", "seed", *MEASURES), rows)
+    return plot_csv(("student", "method", "seed", *MEASURES), rows)
 
 
 def curves_csv(curves: Curves) -> str:
-    """All learning curves as CSV: student, method, seed, epoch, validation_accuracy (fraction)."""
+    """Return all learning curves as CSV: student, method, seed, epoch, validation_accuracy (fraction)."""
     rows = [
         {"student": student, "method": method} | dict(row)
         for (student, method), curve in curves.items()
         for row in curve
     ]
-    return csv_text(("student", "method", "seed", "epoch", "validation_accuracy"), rows)
+    return plot_csv(("student", "method", "seed", "epoch", "validation_accuracy"), rows)
 
 
-def csv_text(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Records as CSV, six digits of each number; empty for None."""
-    text = StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({n: f"{value:.6g}" if isinstance(value, float) else value for n, value in row.items()})
-    return text.getvalue()
+def plot_csv(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return records as CSV for plots, six digits of each number; empty for None."""
+    return csv_text(names, [{n: f"{v:.6g}" if isinstance(v, float) else v for n, v in row.items()} for row in rows])
 
 
 def reference_of(method: str, shown: Mapping[str, Method]) -> str | None:
-    """The method with which another one is compared; None for those that others are compared with.
+    """Return the method with which another one is compared; None for those that others are compared with.
 
     It is the one that distils logits alone (Hinton et al., 2015) from the same source, else from any source, else the
     first method: a gain is credited to a loss only beside the same images.
@@ -186,30 +171,29 @@ class Verdict(NamedTuple):
     @property
     def text(self) -> str:
         """The difference in points, and its standard error."""
-        error = self.difference.error
-        return f"{100 * self.difference.value:+.1f}" + ("" if error is None else f" ({100 * error:.1f})")
+        return difference_cell(self.difference, 100)
 
 
 def verdicts(students: Students, shown: Mapping[str, Method]) -> list[Verdict]:
-    """Every student and method beside its reference, in the order of `students`."""
+    """Return every student and method beside its reference, in the order of `students`."""
     found = []
     for student, method in students:
         reference = reference_of(method, shown)
         if reference is not None:
-            ours, theirs = _accuracy(students[student, method]), _accuracy(students[student, reference])
-            error = None if ours.error is None or theirs.error is None else hypot(ours.error, theirs.error)
-            found.append(Verdict(student, method, reference, Difference(ours.mean - theirs.mean, error)))
+            less = difference(_accuracy(students[student, method]), _accuracy(students[student, reference]))
+            assert less is not None  # there is at least one seed of each
+            found.append(Verdict(student, method, reference, less))
     return found
 
 
 def _accuracy(records: StudentRecords) -> Estimate:
-    known = estimate([[record.accuracy for record in records.seeds]])
+    known = estimate_of(records, "accuracy")
     assert known is not None  # there is at least one seed
     return known
 
 
 def finding(students: Students, shown: Mapping[str, Method], dataset: str) -> list[str]:
-    """What came out, a sentence for each student: which differences in accuracy exceed two standard errors."""
+    """Return what came out, a sentence for each student: which differences in accuracy exceed two standard errors."""
     return [_sentence(student, students, shown, dataset) for student in dict.fromkeys(name for name, _ in students)]
 
 
@@ -237,15 +221,15 @@ def _stated(method: str, records: StudentRecords) -> str:
 
 
 def _claims(found: Sequence[Verdict], seeds: int) -> str:
-    """In words: what is clear, then what is not."""
+    """Return in words what is clear, then what is not."""
     claims, unclear = [], []
-    for method, difference in ((each.method, each.difference) for each in found):
-        error = "" if difference.error is None else f"standard error {100 * difference.error:.1f}"
-        if difference.is_clear:
-            more = "more" if difference.value > 0 else "less"
-            claims.append(f"{method} is {100 * abs(difference.value):.1f} points {more} accurate ({error})")
+    for method, less in ((each.method, each.difference) for each in found):
+        error = "" if less.error is None else f"standard error {100 * less.error:.1f}"
+        if less.is_clear:
+            more = "more" if less.value > 0 else "less"
+            claims.append(f"{method} is {100 * abs(less.value):.1f} points {more} accurate ({error})")
         else:
-            unclear.append(f"{method} ({', '.join(filter(None, [f'{100 * difference.value:+.1f}', error]))})")
+            unclear.append(f"{method} ({', '.join(filter(None, [f'{100 * less.value:+.1f}', error]))})")
     if unclear:
         why = "with one seed no difference is claimed" if seeds == 1 else "not to be told apart"
         claims.append(f"{why}: {', '.join(unclear)}")

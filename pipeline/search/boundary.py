@@ -7,7 +7,7 @@ runs full batches. Losses are summed over rows, so the gradient of a row does no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -187,8 +187,3 @@ def margin_and_gradient(
         margin = margin_of(logits, base, target)
         (gradient,) = torch.autograd.grad(margin.sum(), x)
     return logits.detach(), margin.detach(), gradient
-
-
-def is_any_of(status: Tensor, wanted: Iterable[Status]) -> Tensor:
-    """Return a mask, of the same shape, of where values of the column `status` are among those wanted."""
-    return torch.stack([status == each for each in wanted]).any(0)

@@ -11,17 +11,17 @@ ROUNDING = 1e-6  # relative: a fall that is so nearly as asked is not improved
 
 
 def per_row(values: Tensor) -> Tensor:
-    """(R,) as (R, 1, 1, 1), to scale images row by row."""
+    """Return (R,) as (R, 1, 1, 1), to scale images row by row."""
     return values[:, None, None, None]
 
 
 def row_sum(images: Tensor) -> Tensor:
-    """(R, C, H, W) summed to (R,)."""
+    """Return (R, C, H, W) summed to (R,)."""
     return images.sum((1, 2, 3))
 
 
 def project(origin: Tensor, gradient: Tensor, decrease: Tensor) -> Tensor:
-    """The point of the box [0, 1]^d nearest to `origin` at which a linear margin has fallen by `decrease`.
+    """Return the point of the box [0, 1]^d nearest to `origin` at which a linear margin has fallen by `decrease`.
 
     It is clip(origin - l * gradient, 0, 1) for the l at which the fall is as asked. The fall is concave and piecewise
     linear in l, so Newton's method from l = decrease / ||gradient||^2 approaches it from below, one step for each
@@ -60,7 +60,7 @@ def project(origin: Tensor, gradient: Tensor, decrease: Tensor) -> Tensor:
 def project_on_two(
     origin: Tensor, first: Tensor, second: Tensor, first_decrease: Tensor, second_decrease: Tensor
 ) -> Tensor:
-    """A point of the box [0, 1]^d near `origin` at which two linear functions have fallen as asked.
+    """Return A point of the box [0, 1]^d near `origin` at which two linear functions have fallen as asked.
 
     The least-norm step on both, repeated over the pixels that it does not push out of range.
 

@@ -207,7 +207,7 @@ def walk(rows: Rows, logits_of: LogitsFunction, limits: Limits) -> Rows:
 
 
 def sidestep(rows: Rows, logits_of: LogitsFunction, limits: Limits) -> Rows:
-    """Where a third class is on top near the boundary or on it, move along the boundary until it is not.
+    """Move along the boundary, from where a third class is on top near it, until it is not.
 
     A Newton step on two linearised constraints: the margin stays zero, and the third class falls below the pair.
     """

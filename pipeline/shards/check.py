@@ -47,7 +47,7 @@ def check_shard(directory: Path | Folder, manifest: Manifest, shard: ShardEntry)
 
 
 def checked_shard(folder: Folder, manifest: Manifest, shard: ShardEntry, cache: ChunkCache | None = None) -> ShardFile:
-    """As `check_shard`; returns the file, still open: what is read of it later is what was checked."""
+    """Check a file as `check_shard` does, and return it open: what is read of it later is what was checked."""
     path = f"{folder}/{shard.name}"
     with contextlib.ExitStack() as stack:
         try:
@@ -68,7 +68,7 @@ def checked_shard(folder: Folder, manifest: Manifest, shard: ShardEntry, cache: 
 
 
 def check_contents(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> None:
-    """The part of `check_shard` that looks into an open file: its columns, then their values."""
+    """Look into an open file: check its columns, then their values."""
     check_layout(file, manifest, shard)
     file.check_chunks()
     _check_values({name: file.read(name) for name in SMALL}, manifest, shard, file.place)
@@ -131,7 +131,7 @@ def _check_values(columns: dict[str, NDArray[Any]], manifest: Manifest, shard: S
 
 
 def _is_index(index: NDArray[np.int64], manifest: Manifest, shard: ShardEntry) -> bool:
-    """Whether rows are those of the block; a preview has some of them, in any block."""
+    """Return whether rows are those of the block; a preview has some of them, in any block."""
     if manifest.is_sample:
         return bool((index < 2**31).all())
     start = manifest.starts[shard.view, shard.block]
@@ -139,7 +139,7 @@ def _is_index(index: NDArray[np.int64], manifest: Manifest, shard: ShardEntry) -
 
 
 def _tolerance(manifest: Manifest) -> float:
-    """The largest probability margin of a converged sample, as the manifest says; else any."""
+    """Return the largest probability margin of a converged sample, as the manifest says; else any."""
     tolerance = _attack_parameter(manifest, "tolerance")
     return float(tolerance) if isinstance(tolerance, float | int) else 1.0
 
@@ -186,7 +186,7 @@ def find_problems(directory: Path | Folder, manifest: Manifest) -> list[str]:
 
 
 def is_shard(path: Path, fingerprint: str, view: int, block: int) -> bool:
-    """Whether a file says of itself that it is a certain shard."""
+    """Return whether a file says of itself that it is a certain shard."""
     try:
         with open_shard(LocalFolder(path.parent), path.name, [], attributes_of(fingerprint, view, block)):
             return True

@@ -22,6 +22,7 @@ from h5py import h5f
 from numpy.typing import NDArray
 
 from pipeline.core.errors import ShardError
+from pipeline.core.text import one_line
 from pipeline.shards.folder import ByteSource, Folder, LocalFolder
 from pipeline.shards.hdf5_layout import ColumnPlace, RefusedError, column_of, names_of, read_attribute
 
@@ -39,7 +40,7 @@ class ChunkCache:
         self._lock = threading.Lock()
 
     def get(self, file: int, column: str, number: int, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """A chunk of a column of a file (by its number in `_opened`), made when it is not here."""
+        """Return A chunk of a column of a file (by its number in `_opened`), made when it is not here."""
         key = (file, column, number)
         with self._lock:
             if key in self._chunks:
@@ -102,7 +103,7 @@ class ShardFile(contextlib.AbstractContextManager["ShardFile"]):
             raise
         except Exception as error:  # h5py raises all kinds on what is no shard
             self.close()
-            raise ShardError(f"{place}: not a readable shard ({' '.join(str(error).split())})") from None
+            raise ShardError(f"{place}: not a readable shard ({one_line(error)})") from None
 
     def _checked(self, file: h5f.FileID, name: str) -> ColumnPlace:
         try:
@@ -111,11 +112,11 @@ class ShardFile(contextlib.AbstractContextManager["ShardFile"]):
             raise ShardError(f"{self.place}: column '{name}' {error}") from None
 
     def layout(self, column: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
-        """The dtype and shape of a column."""
+        """Return the dtype and shape of a column."""
         return self._columns[column].dtype, self._columns[column].shape
 
     def read(self, column: str, first: int = 0, end: int | None = None) -> NDArray[Any]:
-        """Rows `first` to `end` of a column, as stored, except that uint32 becomes int64 (torch hardly knows it)."""
+        """Read rows `first` to `end` of a column, as stored, but int64 for uint32, which torch hardly knows."""
         place = self._columns[column]
         first, end, _ = slice(first, end).indices(place.shape[0])
         values: NDArray[Any] = np.empty((max(0, end - first), *place.shape[1:]), place.dtype)
@@ -151,7 +152,7 @@ class ShardFile(contextlib.AbstractContextManager["ShardFile"]):
             raise ShardError(f"{self.place}: ends within column '{column}'")
 
     def _decompress(self, name: str, number: int) -> NDArray[Any]:
-        """One chunk: inflated, and its bytes put back in order (those of all values, by significance, lie together)."""
+        """Return one chunk, inflated, its bytes put back in order (those of one significance lie together)."""
         column = self._columns[name]
         stored = np.empty(column.chunks[number].size, np.uint8)
         self._fill(stored, column.chunks[number].offset, name)
@@ -196,7 +197,7 @@ def open_shard(
 def read_columns(
     path: Path, columns: Iterable[str], attributes: Mapping[str, Any] | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Whole columns of a shard, as `ShardFile.read` gives them; arguments and errors are those of `ShardFile`."""
+    """Read whole columns of a shard as `ShardFile.read` does; arguments and errors are those of `ShardFile`."""
     names = list(columns)
     with open_shard(LocalFolder(path.parent), path.name, names, attributes) as file:
         return {name: file.read(name) for name in names}

@@ -28,7 +28,7 @@ class ByteSource(Protocol):
         """Fill a view of bytes from an offset on; returns how many bytes there were."""
 
     def hdf5(self) -> contextlib.AbstractContextManager[h5py.File]:
-        """The file as HDF5, for its metadata."""
+        """Return the file as HDF5, for its metadata."""
 
     def close(self) -> None:
         """Give the handle back; may be called again."""
@@ -125,7 +125,7 @@ class RemoteFolder:
         return self.__dict__ | {"_file_system": None, "_process": -1}
 
     def file_system(self) -> Any:
-        """Of fsspec; another one in every process, since connections do not survive a fork."""
+        """Return the file system of fsspec: another one in every process, since connections do not survive a fork."""
         if self._process != os.getpid():
             try:
                 from fsspec.core import url_to_fs
@@ -150,7 +150,7 @@ Folder = LocalFolder | RemoteFolder
 
 
 def folder_at(place: Path | str) -> Folder:
-    """A folder by its path, or by a URL as s3://bucket/folder or https://host/folder.
+    """Return A folder by its path, or by a URL as s3://bucket/folder or https://host/folder.
 
     Raises:
         ShardError: fsspec, or its part for that kind of URL, is not installed.
@@ -159,12 +159,12 @@ def folder_at(place: Path | str) -> Folder:
 
 
 def as_folder(place: Path | Folder) -> Folder:
-    """The folder at a path of this machine, or the folder itself."""
+    """Return the folder at a path of this machine, or the folder itself."""
     return LocalFolder(place) if isinstance(place, Path) else place
 
 
 def digest_of(source: ByteSource) -> str:
-    """The sha256 of an open file, in hexadecimal; raises OSError."""
+    """Return the sha256 of an open file, in hexadecimal; raises OSError."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(DIGEST_BLOCK))
     for offset in range(0, source.size, DIGEST_BLOCK):
         digest.update(buffer[: source.read_into(buffer, offset)])
@@ -173,7 +173,7 @@ def digest_of(source: ByteSource) -> str:
 
 @contextlib.contextmanager
 def _as_os_error() -> Iterator[None]:
-    """What clients of remote file systems raise, which have no common type, as OSError."""
+    """Raise as OSError what clients of remote file systems raise, which have no common type."""
     try:
         yield
     except ShardError:

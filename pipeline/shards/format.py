@@ -28,7 +28,7 @@ class Column(NamedTuple):
 
 
 def columns_of(image_shape: tuple[int, int, int], classes: int, targets: int, embed_images: bool) -> dict[str, Column]:
-    """The columns of a shard, in order, for images of `image_shape` (C, H, W) and `targets` target classes a view."""
+    """Return the columns of a shard, in order, for images (C, H, W) and `targets` target classes a view."""
     columns = {
         "index": Column("uint32", (), "row in the prepared training split"),
         "label": Column("int64", (), "base class"),
@@ -51,15 +51,15 @@ def columns_of(image_shape: tuple[int, int, int], classes: int, targets: int, em
 
 
 def shard_name(view: int, block: int) -> str:
-    """The file name of a shard."""
+    """Return the file name of a shard."""
     return f"view-{view:03d}-block-{block:05d}.h5"
 
 
 def count_statuses(status: NDArray[np.uint8]) -> dict[str, int]:
-    """How many samples ended in each status, by name."""
+    """Return how many samples ended in each status, by name."""
     return {s.name.lower(): int(np.count_nonzero(status == s)) for s in Status}
 
 
 def attributes_of(fingerprint: str, view: int, block: int) -> dict[str, Any]:
-    """The attributes of a shard."""
+    """Return the attributes of a shard."""
     return {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "view": view, "block": block}

@@ -47,7 +47,7 @@ class RefusedError(Exception):
 
 
 def names_of(file: h5f.FileID, place: str) -> list[str]:
-    """The names in a file; a few hundred at most."""
+    """Return the names in a file; a few hundred at most."""
     group = h5o.open(file, b"/")
     if group.get_num_objs() > 256:
         raise ShardError(f"{place}: has {group.get_num_objs()} columns")
@@ -128,7 +128,7 @@ def _in_chunks(dataset: h5d.DatasetID, column: ColumnPlace, file_size: int) -> C
 
 
 def read_attribute(file: h5f.FileID, name: str) -> int | str | None:
-    """An attribute of a shard: a whole number or 64 characters; None if there is none, or one of another kind."""
+    """Read an attribute of a shard: a whole number or 64 characters; None if there is none of these kinds."""
     if not h5a.exists(file, name.encode()):
         return None
     attribute = h5a.open(file, name.encode())

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.core.errors import ShardError, shown
 from pipeline.core.status import Status
+from pipeline.core.text import first_problem
 from pipeline.shards.folder import Folder, as_folder
 from pipeline.shards.format import FORMAT_VERSION, MANIFEST, SHARD_NAME, Column, columns_of, shard_name
 from pipeline.shards.limits import (
@@ -97,7 +98,7 @@ class Manifest(_Strict):
     def starts(self) -> dict[tuple[int, int], int]:
         """The first row of each (view, block) within its view."""
         starts, found = dict[int, int](), {}
-        for shard in shards_in_order(self):
+        for shard in sorted(self.shards, key=lambda shard: (shard.view, shard.block)):
             found[shard.view, shard.block] = starts.get(shard.view, 0)
             starts[shard.view] = found[shard.view, shard.block] + shard.rows
         return found
@@ -109,14 +110,9 @@ class Manifest(_Strict):
 
 
 def columns_in_order(manifest: Manifest) -> dict[str, Column]:
-    """The columns of a dataset as the format has them: a manifest that was read has them by name."""
+    """Return the columns of a dataset as the format has them: a manifest that was read has them by name."""
     embed_images = "image" in manifest.columns
     return columns_of(manifest.image_shape, len(manifest.class_names), manifest.targets, embed_images)
-
-
-def shards_in_order(manifest: Manifest) -> list[ShardEntry]:
-    """The shards of a dataset by view, then block."""
-    return sorted(manifest.shards, key=lambda shard: (shard.view, shard.block))
 
 
 def totals_of(shards: list[ShardEntry], targets: int) -> Totals:
@@ -133,12 +129,12 @@ def totals_of(shards: list[ShardEntry], targets: int) -> Totals:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """The manifest as it is written: sorted, indented, the same bytes for the same content."""
+    """Return the manifest as it is written: sorted, indented, the same bytes for the same content."""
     return json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def manifest_digest(manifest: Manifest) -> str:
-    """The sha256 of the manifest as it is written, in hexadecimal: it stands for all content of a dataset."""
+    """Return the sha256 of the manifest as it is written, in hexadecimal: it stands for all content of a dataset."""
     return hashlib.sha256(manifest_text(manifest).encode()).hexdigest()
 
 
@@ -175,8 +171,7 @@ def read_manifest(directory: Path | Folder) -> Manifest:
     try:
         manifest = Manifest.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ShardError(f"{path}: {shown('.'.join(map(str, first['loc'])))}: {first['msg']}") from None
+        raise ShardError(f"{path}: {first_problem(error)}") from None
     _check_consistent(manifest, path)
     _check_writable(manifest, path)
     return manifest

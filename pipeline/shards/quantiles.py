@@ -13,7 +13,8 @@ from pipeline.core.status import Status
 from pipeline.shards.file import open_shard
 from pipeline.shards.folder import Folder, as_folder
 from pipeline.shards.format import attributes_of
-from pipeline.shards.manifest import Manifest, ShardEntry, shards_in_order
+from pipeline.shards.manifest import Manifest, ShardEntry
+from pipeline.shards.order import shards_in_order
 
 
 class Spread(NamedTuple):
@@ -24,7 +25,7 @@ class Spread(NamedTuple):
 
 
 def spread_of(directory: Path | Folder, manifest: Manifest, quantiles: Sequence[float]) -> Spread | None:
-    """Quantiles of probability margin tanh(|m| / 2) and of L2 distance over converged samples; None if there are none.
+    """Return quantiles of probability margin tanh(|m| / 2) and L2 distance of converged samples; None without any.
 
     Reads three small columns of one shard at a time, and keeps 8 bytes of every converged sample in memory.
 
@@ -40,7 +41,7 @@ def spread_of(directory: Path | Folder, manifest: Manifest, quantiles: Sequence[
 def margins_and_distances(
     directory: Path | Folder, manifest: Manifest
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Probability margins and L2 distances (n,) of all converged samples; memory and errors as of `spread_of`."""
+    """Return probability margins and L2 distances (n,) of converged samples; memory and errors as of `spread_of`."""
     folder = as_folder(directory)
     found = [_converged(folder, manifest, shard) for shard in shards_in_order(manifest)]
     margin, distance = (np.concatenate(values).astype(np.float64) for values in zip(*found, strict=True))
@@ -48,7 +49,7 @@ def margins_and_distances(
 
 
 def _converged(folder: Folder, manifest: Manifest, shard: ShardEntry) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Margin and distance of the converged samples of a shard, (n,) each."""
+    """Return margin and distance of the converged samples of a shard, (n,) each."""
     attributes = attributes_of(manifest.fingerprint, shard.view, shard.block)
     names = ("status", "margin", "distance")
     with open_shard(folder, shard.name, names, attributes) as file:

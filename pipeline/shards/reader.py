@@ -20,7 +20,8 @@ from pipeline.shards.check import check_layout, checked_shard
 from pipeline.shards.file import ChunkCache, ShardFile, open_shard
 from pipeline.shards.folder import folder_at
 from pipeline.shards.format import attributes_of
-from pipeline.shards.manifest import ShardEntry, read_manifest, shards_in_order
+from pipeline.shards.manifest import ShardEntry, read_manifest
+from pipeline.shards.order import shards_in_order
 
 CACHE_BYTES = 1 << 28  # of decompressed chunks, in each process
 OPEN_FILES = 512  # at most, of each dataset in each process; it costs a millisecond to open one
@@ -76,7 +77,7 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Tensor]]:
-        """Several rows, as a DataLoader asks for them; those of a shard in one read where they lie close together."""
+        """Return several rows, as a DataLoader asks for them; rows that lie close together are read at once."""
         places = np.array([self._checked(row) for row in rows], np.int64)
         positions = np.searchsorted(self._ends, places, side="right")
         items: list[dict[str, Tensor]] = [{}] * len(places)
@@ -94,7 +95,7 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
         return row % len(self)
 
     def _read_rows(self, shard: ShardEntry, offsets: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Rows of one shard, with their samples."""
+        """Return rows of one shard, with their samples."""
         file, first, end = self._open(shard), int(offsets.min()), int(offsets.max()) + 1
         values = {}
         for name, row_bytes in self._row_bytes.items():
@@ -106,20 +107,16 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
         return with_samples(values)
 
     def rows_of(self, shard: ShardEntry) -> dict[str, Tensor]:
-        """All rows of one shard, by column, with their samples."""
+        """Return all rows of one shard, by column, with their samples."""
         return with_samples({n: torch.from_numpy(c) for n, c in self.read(shard, self.manifest.columns).items()})
 
-    def shards_of_view(self, view: int) -> list[ShardEntry]:
-        """The shards of a view, in order of their blocks."""
-        return [shard for shard in self._shards if shard.view == view]
-
     def read(self, shard: ShardEntry, columns: Iterable[str]) -> dict[str, NDArray[Any]]:
-        """Whole columns of one shard, as stored, except `index`, which is int64."""
+        """Return whole columns of one shard, as stored, except `index`, which is int64."""
         file = self._open(shard)
         return {name: file.read(name) for name in columns}
 
     def _open(self, shard: ShardEntry) -> ShardFile:
-        """The shard's file, opened when it is not among those that were read last."""
+        """Return the shard's file, opened when it is not among those that were read last."""
         with self._lock:
             file = self._files.pop(shard.name, None)
         if file is None:
@@ -138,19 +135,19 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
 
 
 def most_open_files() -> int:
-    """How many files a dataset may keep open: a quarter of what this process may have."""
+    """Return how many files a dataset may keep open: a quarter of what this process may have."""
     return max(1, min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 
 
 def with_samples(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Columns of rows, and `samples`, where images are embedded."""
+    """Return columns of rows, and `samples`, where images are embedded."""
     if "image" not in columns:
         return columns
     return columns | {"samples": samples_of(columns["image"][:, None], columns["delta"], columns["delta_scale"])}
 
 
 def samples_of(images: Tensor, delta: Tensor, scale: Tensor) -> Tensor:
-    """Boundary-supporting samples in pixel space: image / 255 + delta * scale, not clipped.
+    """Return boundary-supporting samples in pixel space: image / 255 + delta * scale, not clipped.
 
     Args:
         images: (..., C, H, W) uint8 views.

@@ -34,7 +34,7 @@ class InputPaths(NamedTuple):
         return InputPaths(*(path.absolute() for path in self))
 
     def read(self, source: str) -> Inputs:
-        """What methods with a source ('fresh', 'shards' or 'online') need, and prepared splits that are there.
+        """Return what methods with a source ('fresh', 'shards' or 'online') need, and prepared splits that are there.
 
         Raises:
             PipelineError: something that is needed is missing or damaged.

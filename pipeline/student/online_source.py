@@ -11,10 +11,9 @@ from torch import Tensor
 
 from pipeline.core.status import Status
 from pipeline.images.views import Stream, uniforms
-from pipeline.search.boundary import is_any_of
 from pipeline.search.targets import draw_targets
 from pipeline.search.teacher_search import TeacherSearch
-from pipeline.training.batches import BoundaryBatch, BoundarySamples, FreshSource, TeacherBatch
+from pipeline.training.batches import BoundaryBatch, BoundarySamples, FreshSource, TeacherBatch, is_any_of
 
 
 class OnlineSource:

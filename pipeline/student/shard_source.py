@@ -16,11 +16,10 @@ from pipeline.core.status import Status
 from pipeline.images.pixels import pixels
 from pipeline.images.prepared import Prepared
 from pipeline.images.views import apply_views
-from pipeline.search.boundary import is_any_of
 from pipeline.shards.manifest import ShardEntry
 from pipeline.shards.order import Window, plan_epoch
 from pipeline.shards.reader import BoundaryShards, samples_of
-from pipeline.training.batches import BoundaryBatch, BoundarySamples, TeacherBatch, batches_of
+from pipeline.training.batches import BoundaryBatch, BoundarySamples, TeacherBatch, batches_of, is_any_of
 
 RESIDENT_SHARE = 0.5  # of the free memory may be taken for shards
 
@@ -67,7 +66,7 @@ class ShardSource:
         self._resident = self._load_all() if resident else None
 
     def for_seed(self, seed: int) -> ShardSource:
-        """The same shards, without loading them again, in the order of another seed."""
+        """Return the same shards, without loading them again, in the order of another seed."""
         other = copy.copy(self)
         other.seed = seed
         return other
@@ -76,7 +75,7 @@ class ShardSource:
         generator = np.random.default_rng((self.seed, 3, epoch))
         rest: dict[str, Tensor] = {}
         waiting = torch.empty(0, dtype=torch.int64, device=self.device)
-        windows = plan_epoch(self.shards, self.seed, epoch)
+        windows = plan_epoch(self.shards.manifest, self.seed, epoch)
         for number, (columns, rows) in enumerate(self._windows(windows)):
             if self._resident is None and rest:  # rows left over from the last window come first
                 columns = {name: torch.cat([rest[name], columns[name]]) for name in columns}
@@ -93,7 +92,7 @@ class ShardSource:
                 rest = {name: column[waiting] for name, column in columns.items()}
 
     def _windows(self, windows: list[Window]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Columns of each window, on the device, and the order of the rows to take from them."""
+        """Yield columns of each window, on the device, and the order of the rows to take from them."""
         if self._resident is not None:
             for window in windows:
                 rows = [np.arange(shard.rows) + self._starts[shard.name] for shard in window.shards]
@@ -177,7 +176,7 @@ class _StoredSamples:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, or in this machine's memory."""
+    """Return bytes that are free on a device, or in this machine's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

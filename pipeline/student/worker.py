@@ -85,7 +85,7 @@ def fit_one(job: Job, wanted: SeedRun) -> SeedRun:
 
 @lru_cache(maxsize=1)
 def _run(job: Job, student: str, method: str) -> StudentRun:
-    """Shards are loaded once for all seeds in a row."""
+    """Put a run together; shards are loaded once for all seeds in a row."""
     params = _params(job)
     processes = Processes(params.runtime, params.training.precision)
     inputs = _inputs(job, params.method[method].source)

@@ -6,7 +6,7 @@ run that was interrupted goes on as if it had not been.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.core.parameters import Views
+from pipeline.core.status import Status
 from pipeline.images.pixels import pixels
 from pipeline.images.prepared import Prepared
 from pipeline.images.views import Stream, apply_views, draw_views
@@ -100,6 +101,11 @@ class _SomeRows:
         return self.boundary.samples_of(self.rows[rows])
 
 
+def is_any_of(status: Tensor, wanted: Iterable[Status]) -> Tensor:
+    """Return a mask, of the same shape, of where values of the column `status` are among those wanted."""
+    return torch.stack([status == each for each in wanted]).any(0)
+
+
 class Source(Protocol):
     """Where batches come from."""
 
@@ -107,11 +113,11 @@ class Source(Protocol):
     """Samples in an epoch."""
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, counted from 0."""
+        """Return the batches of an epoch, counted from 0."""
 
 
 def batches_of(rows: int, batch_size: int) -> Iterator[slice]:
-    """Which rows make a batch each. A last one of one row joins the one before: batch norm cannot train on it."""
+    """Yield which rows make a batch each. A single last row joins the batch before: batch norm cannot train on it."""
     starts = list(range(0, rows, batch_size))
     if batch_size > 1 and len(starts) > 1 and rows - starts[-1] == 1:
         starts.pop()
@@ -134,7 +140,7 @@ class FreshSource:
             yield batch
 
     def indexed(self, epoch: int) -> Iterator[tuple[NDArray[np.int64], Batch]]:
-        """Batches with their rows in the training split."""
+        """Yield batches with their rows in the training split."""
         order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
         padding = self.views.padding
         drawn = draw_views(self.seed, epoch, 0, self.rows, padding, self.views.flip, Stream.FRESH_VIEWS)

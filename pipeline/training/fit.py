@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import time
@@ -20,6 +19,7 @@ from pipeline.core.errors import TrainingError
 from pipeline.core.files import write_atomically, write_json
 from pipeline.core.parameters import Training
 from pipeline.core.store import Store
+from pipeline.core.text import csv_text
 from pipeline.images.prepared import Prepared
 from pipeline.machine.processes import Processes
 from pipeline.networks.classifier import Architecture, Classifier, build, move_to_
@@ -49,7 +49,7 @@ class Fit(NamedTuple):
 
 
 def learning_rate(training: Training, moment: Moment) -> float:
-    """The rate of an epoch: divided at each milestone that is passed in its stage, which begins with the whole rate."""
+    """Return the learning rate of an epoch: divided at each milestone that is passed in its stage."""
     passed = sum(moment.epoch >= round(milestone * moment.epochs, 6) for milestone in training.milestones)
     return training.learning_rate / training.divisor**passed
 
@@ -115,12 +115,12 @@ def fit(task: FitTask, processes: Processes, store: Store, bar_position: int | N
 
 
 def processes_of(processes: Processes) -> list[int]:
-    """What several processes add to the fingerprint of a fit; nothing for one."""
+    """Return what several processes add to the fingerprint of a fit; nothing for one."""
     return [processes.count] if processes.several else []
 
 
 def find_fit(store: Store, key: str) -> Fit | None:
-    """The finished run of a fingerprint, if there is one."""
+    """Return the finished run of a fingerprint, if there is one."""
     weights, curve = store.find(f"{key}/{WEIGHTS}"), store.find(f"{key}/{CURVE}")
     return Fit(weights, json.loads(curve.read_text()), reused=True) if weights and curve else None
 
@@ -175,7 +175,7 @@ class _Run:
         return self.curve
 
     def _epoch(self, source: Source, epoch: int, moment: Moment) -> float:
-        """One epoch; the host waits for the device once, at the end. Returns the mean loss of the steps."""
+        """Train one epoch, and return the mean loss of its steps; the host waits for the device once, at the end."""
         self.model.train()
         if moment.epoch == 0:
             self.optimizer.state.clear()  # a second stage begins without the first one's momentum
@@ -226,10 +226,6 @@ class _Run:
 
 
 def curve_csv(curves: Sequence[tuple[dict[str, Any], list[dict[str, float]]]]) -> str:
-    """Curves as CSV text: the columns that name a curve, then its values, one row an epoch."""
+    """Return curves as CSV text: the columns that name a curve, then its values, one row an epoch."""
     rows = [{**names, **row, "epoch": int(row["epoch"])} for names, curve in curves for row in curve]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else CURVE_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(list(rows[0]) if rows else CURVE_COLUMNS, rows)

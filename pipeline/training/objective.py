@@ -71,7 +71,7 @@ class Objective:
             self._stages[first] = _Stage([terms[name] for name in names], *layers)
 
     def moment(self, epoch: int, epochs: int) -> Moment:
-        """Where an epoch of the whole training is, counted from 0. Each stage has at least one epoch.
+        """Return where an epoch of the whole training is, counted from 0. Each stage has at least one epoch.
 
         Raises:
             ParameterError: there are not enough epochs for two stages.
@@ -82,7 +82,7 @@ class Objective:
         return Moment(True, epoch, first) if epoch < first else Moment(False, epoch - first, epochs - first)
 
     def loss(self, student: nn.Module, batch: Batch, moment: Moment) -> Tensor:
-        """The loss of a batch; `student` is the network, perhaps wrapped for several devices or another precision."""
+        """Return the loss of a batch; `student` is the network, perhaps wrapped for devices or precision."""
         stage = self._stages[moment.first_stage]
         with recorded(self.network, stage.student_layers) as student_features:
             logits = student(batch.images)

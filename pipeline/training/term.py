@@ -60,7 +60,7 @@ class FeatureShapes(NamedTuple):
     teacher: Mapping[str, torch.Size]
 
     def pairs(self, layers: Layers) -> Iterator[tuple[str, torch.Size, torch.Size]]:
-        """Each pair of layers that is compared: how to name it, the student's shape, the teacher's."""
+        """Yield each pair of layers that is compared: how to name it, the student's shape, the teacher's."""
         for student, teacher in layers.pairs:
             yield f"'{student}' to '{teacher}'", self.student[student], self.teacher[teacher]
 
@@ -89,7 +89,7 @@ class Term(nn.Module):
         return ()
 
     def forward(self, step: Step) -> Tensor:
-        """A scalar, with its weight."""
+        """Return A scalar, with its weight."""
         raise NotImplementedError
 
 
@@ -100,7 +100,7 @@ def statuses_of(losses: Mapping[str, Section]) -> tuple[Status, ...]:
 
 
 def feature_layers(losses: Iterable[Section]) -> tuple[list[str], list[str]]:
-    """The layers of the student and of the teacher that losses with these parameters look at."""
+    """Return the layers of the student and of the teacher that losses with these parameters look at."""
     groups = [loss for loss in losses if isinstance(loss, Layers)]
     student = [layer for group in groups for layer in group.student_layers]
     teacher = [layer for group in groups for layer in group.teacher_layers]
@@ -109,7 +109,7 @@ def feature_layers(losses: Iterable[Section]) -> tuple[list[str], list[str]]:
 
 @contextmanager
 def recorded(classifier: Classifier, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """The outputs (N, ...) float32 of named layers in the passes of a network within the block, of the last pass.
+    """Yield the outputs (N, ...) float32 of named layers in the passes of a network within the block, of the last pass.
 
     Raises:
         ParameterError: the network has no such layer, or its output is not one tensor.
@@ -138,7 +138,7 @@ def recorded(classifier: Classifier, layers: Sequence[str]) -> Iterator[dict[str
 
 @torch.no_grad()
 def feature_shapes(classifier: Classifier, layers: Sequence[str]) -> dict[str, torch.Size]:
-    """Shapes of the outputs of named layers for one image; errors are those of `recorded`."""
+    """Return shapes of the outputs of named layers for one image; errors are those of `recorded`."""
     if not layers:
         return {}
     training, image = classifier.training, torch.zeros(1, *classifier.architecture.image_shape)
@@ -169,5 +169,5 @@ def check_maps(name: str, student: torch.Size, teacher: torch.Size, same_size: b
 
 
 def connector(student: torch.Size, teacher: torch.Size) -> nn.Module:
-    """From the student's channels to the teacher's: a 1x1 convolution to be trained along."""
+    """Return a 1x1 convolution, to be trained along, from the student's channels to the teacher's."""
     return nn.Conv2d(student[0], teacher[0], 1)

@@ -1,10 +1,8 @@
 """Files that are whole or absent, the private store and its lock, fingerprints."""
 
 import contextlib
-import hashlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.core import provenance
 from pipeline.core.errors import StoreError
 from pipeline.core.files import atomic_directory, atomic_path, copy_file, file_digest, write_atomically, write_json
 from pipeline.core.hdf5 import written_hdf5
-from pipeline.core.provenance import code_digest, fingerprint
 from pipeline.core.store import Store, lock
 from tests.support.files import ROOT, flip_bit, on_full_disk, truncate
 
@@ -208,83 +204,6 @@ def test_file_digest_is_sha256(tmp_path):
     path.write_bytes(b"abc")
     # The example of FIPS 180-2, appendix B.1.
     assert file_digest(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
-def test_fingerprint_is_the_digest_of_sorted_json():
-    expected = hashlib.sha256(b'[{"a": [1, 2.5], "b": null}, "x"]').hexdigest()
-    assert fingerprint({"b": None, "a": (1, 2.5)}, "x") == expected
-
-
-def test_fingerprint_tells_parts_types_and_order_apart():
-    parts = [(), (1,), ("1",), (1.0,), (True,), (1, 2), (2, 1), ([1, 2],), ({"a": 1},), ({"a": 2},)]
-    assert len({fingerprint(*each) for each in parts}) == len(parts)
-
-
-def test_fingerprint_refuses_nan():
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        fingerprint({"rate": float("nan")})
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A copy of the package, from which code digests are taken."""
-    shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    return tmp_path / "pipeline"
-
-
-def edit(path, old, new):
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
-
-
-SAME = {
-    "comment": lambda path: path.write_text("# why\n" + path.read_text() + "# more\n"),
-    "module docstring": lambda path: edit(path, '"""Views: ', '"""Other views: '),
-    "function docstring": lambda path: edit(path, '"""Draw crop offsets', '"""Draw the crop offsets'),
-    "class docstring": lambda path: edit(path, '"""What was drawn', '"""What has been drawn'),
-    "no docstring": lambda path: edit(path, '    """Independent sequences of random numbers under one seed."""\n', ""),
-    "blank lines": lambda path: path.write_text(path.read_text().replace("\n\n", "\n\n\n")),
-    "layout": lambda path: edit(path, "numbers[:, :2] * (2 * padding + 1)", "numbers[:, :2]*(\n    2*padding + 1)"),
-}
-OTHER = {
-    "constant": lambda path: edit(path, "WORDS_PER_COUNTER = 4", "WORDS_PER_COUNTER = 8"),
-    "operator": lambda path: edit(path, "< 0.5", "<= 0.5"),
-    "text in code": lambda path: path.write_text(path.read_text() + "\nNAME = 'x'\n"),
-}
-
-
-digest_now = code_digest.__wrapped__  # as a process that begins now sees it
-
-
-@pytest.mark.parametrize("change", SAME)
-def test_code_digest_ignores_what_does_nothing(package, change):
-    before = digest_now("pipeline.views")
-    source = (package / "views.py").read_text()
-    SAME[change](package / "views.py")
-    assert (package / "views.py").read_text() != source
-    assert digest_now("pipeline.views") == before
-
-
-@pytest.mark.parametrize("change", OTHER)
-def test_code_digest_changes_with_the_code_of_a_module_and_of_what_it_imports(package, change):
-    before = digest_now("pipeline.views"), digest_now("pipeline.attack"), digest_now("pipeline.similarity")
-    OTHER[change](package / "views.py")
-    after = digest_now("pipeline.views"), digest_now("pipeline.attack"), digest_now("pipeline.similarity")
-    assert [old == new for old, new in zip(before, after, strict=True)] == [False, False, True]
-
-
-def test_the_code_of_a_process_is_what_it_first_saw(package):
-    before = code_digest("pipeline.views", alone=("pipeline.status",))
-    OTHER["constant"](package / "views.py")
-    assert code_digest("pipeline.views", alone=("pipeline.status",)) == before
-    assert digest_now("pipeline.views", alone=("pipeline.status",)) != before
-
-
-def test_code_digest_tells_modules_apart():
-    assert code_digest("pipeline.status") != code_digest("pipeline.views")
-    assert code_digest("pipeline.status", "pipeline.views") == code_digest("pipeline.views", "pipeline.status")
 
 
 def sealed(store, name, content=b"content"):
