@@ -25,13 +25,13 @@ from benchmarks.measuring import (
     seconds_of,
     table,
 )
-from pipeline.attack.columns import Block
+from pipeline.attack.columns import Block, shard_values
 from pipeline.core.status import Status
 from pipeline.machine.device import keep_freed_memory, search_batch
 from pipeline.networks.fast import folded, halved
-from pipeline.search.boundary import judge, margin_of, probability_margin
-from pipeline.search.newton import newton
-from pipeline.search.teacher_search import Search
+from pipeline.search.boundary import Problem, judge, margin_of, probability_margin
+from pipeline.search.newton import NewtonSearch
+from pipeline.search.table import search_of
 
 TOLERANCE = 0.02
 TARGETS = (1, 2, 4)
@@ -68,18 +68,17 @@ class Method(NamedTuple):
 
 def ours(fast: Counted, teacher: Counted, todo: Searches, gradients: int, batch: int = 128) -> Tensor:
     """Return the default search, with the mean of so many gradients."""
-    found = newton(
-        fast,
-        todo.images,
-        todo.base,
-        todo.target,
-        tolerance=TOLERANCE,
-        averaged=gradients,
-        batch_size=batch,
-        reference=teacher,
+    problem = Problem(
+        images=todo.images,
+        base=todo.base,
+        target=todo.target,
         logits=todo.logits,
+        reference=teacher,
+        fast=fast,
+        tolerance=TOLERANCE,
+        batch_size=batch,
     )
-    return todo.images + found.perturbation
+    return todo.images + NewtonSearch(averaged=gradients)(problem).perturbation
 
 
 def plain_loop(
@@ -222,20 +221,25 @@ def _row(record: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, str
 
 
 def _targets(device: torch.device, runs: int, rows: int = 512) -> list[dict[str, Any]]:
-    """Return A block of views with 1, 2 and 4 target classes each, as the attack stage makes it, in turn."""
+    """Return a block of views with 1, 2 and 4 target classes each, as the attack stage makes it, in turn."""
     params, train = benchmark_params(device.type), first_images(real_train(2 * rows), rows)
-    block, batch = Block(0, 0, 0, rows), search_batch(params.runtime, device)
-    searches = {
-        count: Search(
-            real_teacher(device), params.attack.model_copy(update={"targets": count}), params.dataset, device, batch
+    search = search_of(real_teacher(device), params.search, search_batch(params.runtime, device), device)
+    ways = {
+        count: partial(
+            shard_values,
+            search,
+            train,
+            Block(0, 0, 0, rows),
+            params.views,
+            params.attack.model_copy(update={"targets": count}),
         )
         for count in TARGETS
     }
-    found = {count: search.shard_values(train, block) for count, search in searches.items()}  # warms up, too
+    found = {count: way() for count, way in ways.items()}  # warms up, too
     times: dict[int, list[float]] = {count: [] for count in TARGETS}
     for _ in range(runs):
-        for count, search in searches.items():
-            times[count].append(seconds_of(partial(search.shard_values, train, block), device)[0])
+        for count, way in ways.items():
+            times[count].append(seconds_of(way, device)[0])
     records = []
     for count, values in found.items():
         done = values["status"][values["target"][:, 0] >= 0] == Status.CONVERGED

@@ -11,7 +11,7 @@ import torch
 from benchmarks.measuring import machine
 from pipeline.core.files import write_atomically
 from pipeline.core.provenance import ROOT
-from pipeline.experiment.results import markdown_table, read_results
+from pipeline.experiment.results import read_results, results_table
 from stages.cli import errors_in_one_line, path_option
 
 DOCUMENT, RESULTS, FIGURES = ROOT / "docs/RESULTS.md", ROOT / "docs/results", ROOT / "docs/figures"
@@ -37,7 +37,7 @@ def main(reports: Path) -> None:
             if (folder / file).exists():
                 write_atomically(to, (folder / file).read_text())
         click.echo(f"{DOCUMENT.name}: {name}")
-        table = markdown_table(read_results(folder / "results.json"))
+        table = results_table(read_results(folder / "results.json"))
         return f"<!-- experiment {name} -->\n{table}\n{machine(torch.device('cpu'))}.\n<!-- end -->"
 
     write_atomically(DOCUMENT, PLACE.sub(block, DOCUMENT.read_text()))

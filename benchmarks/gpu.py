@@ -14,11 +14,11 @@ import torch
 
 from benchmarks.attack import Counted, ours, plain_loop
 from benchmarks.measuring import (
-    WEIGHTS,
     Searches,
     Spread,
     benchmark_params,
     first_images,
+    loaded_teacher,
     publish,
     real_searches,
     real_teacher,
@@ -28,13 +28,12 @@ from benchmarks.measuring import (
 )
 from benchmarks.students import epochs_of_sources
 from pipeline.attack.dataset import SampleDataset
-from pipeline.core.files import file_digest
 from pipeline.core.status import Status
 from pipeline.core.store import Store
 from pipeline.machine.device import set_up_device
 from pipeline.networks.fast import folded, halved
 from pipeline.search.boundary import logits_in_batches, margin_of
-from pipeline.search.teacher_search import Search
+from pipeline.search.table import search_of
 from pipeline.shards.reader import BoundaryShards, samples_of
 
 SEARCH_BATCHES = (512, 1024, 2048, 4096, 8192)
@@ -94,10 +93,10 @@ def _searches(images: int, runs: int, device: torch.device) -> list[dict[str, An
 def _stored(images: int, device: torch.device, folder: Path) -> list[dict[str, Any]]:
     """Make shards, and find the margins of their samples again: on the same device one by one, and on a CPU."""
     params = benchmark_params(device.type)
-    train, teacher = first_images(real_train(images), images), real_teacher(device)
-    attack = params.attack.model_copy(update={"views": 1})
-    search = Search(teacher, attack, params.dataset, device, 2048)
-    dataset = SampleDataset(train, params.dataset, attack, file_digest(WEIGHTS), Store(folder / "stored"))
+    params = params.model_copy(update={"attack": params.attack.model_copy(update={"views": 1})})
+    train, teacher = first_images(real_train(images), images), loaded_teacher(device)
+    search = search_of(teacher.model, params.search, 2048, device)
+    dataset = SampleDataset.of(train, params, teacher, Store(folder / "stored"))
     seconds, _ = seconds_of(lambda: list(dataset.make(search, dataset.blocks)), device)
     dataset.publish(folder / "bss")
     shards = BoundaryShards(folder / "bss")

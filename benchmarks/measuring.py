@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import statistics
 import tempfile
 import time
@@ -21,8 +20,13 @@ from torch import Tensor
 from pipeline.core.files import write_atomically
 from pipeline.core.parameters import Params, load_params
 from pipeline.core.provenance import ROOT
+from pipeline.core.text import markdown_table
+from pipeline.images.pixels import pixels
 from pipeline.images.prepared import Prepared, content_digest, read_prepared
-from pipeline.networks.classifier import Architecture, Classifier, placed
+from pipeline.machine.device import processor
+from pipeline.networks.classifier import Architecture, Classifier
+from pipeline.networks.fast import frozen
+from pipeline.networks.loading import Loaded
 from pipeline.networks.weights import load_weights
 from pipeline.prepare.datasets import open_dataset
 from pipeline.prepare.decode import prepare
@@ -74,8 +78,8 @@ def benchmark_params(device: str) -> Params:
     params = load_params(ROOT / "params.yaml")
     return params.model_copy(
         update={
-            "attack": params.attack.model_copy(update={"views": 2, "search": "newton"}),
-            "dataset": params.dataset.model_copy(update={"padding": 4, "flip": True}),
+            "attack": params.attack.model_copy(update={"views": 2}),
+            "views": params.views.model_copy(update={"padding": 4, "flip": True}),
             "training": params.training.model_copy(update={"batch_size": BATCH}),
             "runtime": params.runtime.model_copy(update={"device": device}),
         }
@@ -83,7 +87,7 @@ def benchmark_params(device: str) -> Params:
 
 
 def first_images(train: Prepared, count: int) -> Prepared:
-    """Return A smaller split, with a digest of its own."""
+    """Return a smaller split, with a digest of its own."""
     images, labels = train.images[:count], train.labels[:count]
     digest = content_digest([images], train.image_shape, labels, train.class_names)
     return train._replace(images=images, labels=labels, digest=digest)
@@ -92,14 +96,19 @@ def first_images(train: Prepared, count: int) -> Prepared:
 def real_teacher(device: torch.device) -> Classifier:
     """Return the ResNet26 that the authors of the method published."""
     architecture = Architecture("resnet26", 10, (3, 32, 32), MEAN, STD)
-    return placed(load_weights(WEIGHTS, architecture), device).eval().requires_grad_(False)
+    return frozen(load_weights(WEIGHTS, architecture), device)
+
+
+def loaded_teacher(device: torch.device) -> Loaded:
+    """Return that network with the digest of its file."""
+    return Loaded(real_teacher(device), file_digest(WEIGHTS))
 
 
 @torch.no_grad()
 def real_searches(rows: int, device: torch.device, seed: int = 0) -> Searches:
     """Return searches from the first training images that the teacher knows."""
     train, teacher = real_train(2 * rows), real_teacher(device)
-    images = torch.from_numpy(train.images).to(device).float() / 255
+    images = pixels(torch.from_numpy(train.images).to(device))
     base = torch.from_numpy(train.labels).to(device)
     logits = logits_in_batches(teacher, images, 128)
     right = (logits.argmax(1) == base).nonzero().squeeze(1)
@@ -145,8 +154,7 @@ def seconds_of(function: Callable[[], Result], device: torch.device) -> tuple[fl
 
 def machine(device: torch.device) -> str:
     """Return what was measured on, for readers of the tables."""
-    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    cpu = f"{len(os.sched_getaffinity(0))} cores of {found[1] if found else platform.processor()}"
+    cpu = f"{len(os.sched_getaffinity(0))} cores of {processor()}"
     gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
     return f"{gpu}{cpu}, Python {platform.python_version()}, torch {torch.__version__}"
 
@@ -162,7 +170,5 @@ def publish(name: str, device: torch.device, records: list[dict[str, Any]], text
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Return A Markdown table; the first column is of words, the others of figures."""
-    names = list(rows[0])
-    lines = [f"| {' | '.join(names)} |", f"|---{'|---:' * (len(names) - 1)}|"]
-    return "\n".join(lines + [f"| {' | '.join(row[name] for name in names)} |" for row in rows])
+    """Return a Markdown table; the first column is of words, the others of figures."""
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows], words=1)

@@ -18,14 +18,12 @@ import click
 import numpy as np
 import psutil
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.measuring import WEIGHTS, Spread, first_images, publish, real_teacher, real_train, seconds_of, table
-from pipeline.attack.columns import Block
+from benchmarks.measuring import Spread, first_images, publish, real_teacher, real_train, seconds_of, table
+from pipeline.attack.columns import Block, shard_values
 from pipeline.attack.dataset import SampleDataset
 from pipeline.configure import configure
-from pipeline.core.files import file_digest
 from pipeline.core.parameters import load_params
 from pipeline.core.provenance import ROOT
 from pipeline.core.store import Store
@@ -33,7 +31,7 @@ from pipeline.images.prepared import Prepared, read_prepared, write_prepared
 from pipeline.machine.device import keep_freed_memory, search_batch, side_by_side
 from pipeline.machine.forks import run_in_forks
 from pipeline.networks.weights import save_weights
-from pipeline.search.teacher_search import Search
+from pipeline.search.table import search_of
 from pipeline.shards.reader import BoundaryShards
 
 CPU = torch.device("cpu")
@@ -76,18 +74,20 @@ def main(runs: int, growth: bool, large: int) -> None:
 def _codecs(train: Prepared, folder: Path, runs: int) -> list[dict[str, Any]]:
     """Return rates of each codec, measured in turn on the same rows."""
     params = load_params(ROOT / "params.yaml")
-    search = Search(real_teacher(CPU), params.attack, params.dataset, CPU, 128)
-    values = search.shard_values(train, Block(0, 0, 0, ROWS))
+    teacher = loaded_teacher(CPU)
+    search = search_of(teacher.model, params.search, 128, CPU)
+    values = shard_values(search, train, Block(0, 0, 0, ROWS), params.views, params.attack)
     rates: dict[str, dict[str, list[float]]] = {}
     size: dict[str, int] = {}
     for run in tqdm(range(runs), desc="codecs", disable=None):
         for codec in ("none", "gzip"):
             attack = params.attack.model_copy(update={"compression": codec, "views": SHARDS, "rows_per_shard": ROWS})
             store = Store(folder / f"store-{codec}")
-            dataset = SampleDataset(first_images(train, ROWS), params.dataset, attack, file_digest(WEIGHTS), store)
+            coded = params.model_copy(update={"attack": attack})
+            dataset = SampleDataset.of(first_images(train, ROWS), coded, teacher, store)
             found = rates.setdefault(codec, {})
             megabytes = sum(array.nbytes for array in values.values()) * SHARDS / 1e6
-            seconds, _ = seconds_of(partial(list, dataset.make(Found(values), dataset.blocks)), CPU)
+            seconds, _ = seconds_of(lambda: [dataset.keep(block, values) for block in dataset.blocks], CPU)  # noqa: B023
             found.setdefault("write", []).append(megabytes / seconds)
             if run == 0:
                 dataset.publish(folder / codec)
@@ -108,17 +108,6 @@ def _codecs(train: Prepared, folder: Path, runs: int) -> list[dict[str, Any]]:
         | {name: Spread.of(values)._asdict() for name, values in found.items()}
         for codec, found in rates.items()
     ]
-
-
-class Found(Search):
-    """A search that is done: the same values for every block."""
-
-    def __init__(self, values: dict[str, NDArray[Any]]) -> None:
-        self.values = values
-
-    def shard_values(self, train: Prepared, block: Block) -> dict[str, NDArray[Any]]:
-        """Return what was found."""
-        return self.values
 
 
 def _raw(paths: list[Path]) -> int:
@@ -235,11 +224,12 @@ def _stage(project: Path, *options: str) -> Ran:
 def _search_alone(project: Path) -> float:
     """Return seconds that all searches of a project take, side by side as in the stage, when nothing is written."""
     params, train = load_params(project / "params.yaml"), read_prepared(project / "data/prepared/train.h5")
-    search = Search(real_teacher(CPU), params.attack, params.dataset, CPU, search_batch(params.runtime, CPU))
-    dataset = SampleDataset(train, params.dataset, params.attack, file_digest(WEIGHTS), Store(project / "none"))
+    teacher = loaded_teacher(CPU)
+    search = search_of(teacher.model, params.search, search_batch(params.runtime, CPU), CPU)
+    dataset = SampleDataset.of(train, params, teacher, Store(project / "none"))
 
     def only_search(block: Block, slot: int) -> None:
-        search.shard_values(train, block)
+        dataset.values(search, block)
 
     tasks = [partial(only_search, block) for block in dataset.blocks]
     return seconds_of(partial(list, run_in_forks(tasks, side_by_side(params.runtime, CPU))), CPU)[0]

@@ -3,47 +3,46 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import click
 import torch
-from pipeline.losses.table import TERMS
 from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.attack import Counted, plain_loop
 from benchmarks.measuring import (
     BATCH,
-    WEIGHTS,
     Searches,
     Spread,
     benchmark_params,
     first_images,
+    loaded_teacher,
     publish,
-    real_teacher,
     real_train,
     seconds_of,
     table,
 )
 from pipeline.attack.dataset import SampleDataset
-from pipeline.core.files import file_digest
 from pipeline.core.parameters import Params
-from pipeline.core.status import Status, usable
+from pipeline.core.status import Status
 from pipeline.core.store import Store
 from pipeline.machine.device import search_batch, side_by_side
 from pipeline.machine.processes import make_fabric
-from pipeline.networks.classifier import architecture_for, build
-from pipeline.search.boundary import SearchResult, logits_in_batches, margin_of
+from pipeline.networks.classifier import Classifier, architecture_for, build
+from pipeline.search.boundary import Problem, SearchResult, logits_in_batches, margin_of
 from pipeline.search.geometry import as_ray, row_sum
-from pipeline.search.teacher_search import Search
+from pipeline.search.table import search_of
+from pipeline.search.teacher_search import TeacherSearch
 from pipeline.shards.reader import BoundaryShards
 from pipeline.student.online_source import OnlineSource
 from pipeline.student.shard_source import ShardSource
-from pipeline.training.batches import Batch, FreshSource, Source
-from pipeline.training.fit import _Run
+from pipeline.training.batches import Batch, BoundaryBatch, BoundarySamples, FreshSource, Source
+from pipeline.training.fit import TrainingRun
 from pipeline.training.objective import Moment, Objective
 
 EPOCHS, WITH_BOUNDARY = 80, 60  # of the paper's schedule; in the others the boundary loss is off
@@ -51,24 +50,34 @@ PAPER_VIEWS = 8
 STUDENTS = (1, 2, 4, 8)
 
 
-class PlainSearch(Search):
+class PlainLoop:
     """The rule of Heo et al. (2019) as their code runs it in the training loop, in the place of our search."""
 
-    def find(
-        self, images: Tensor, base: Tensor, target: Tensor, logits: Tensor, draw: Sequence[int] = ()
-    ) -> SearchResult:
+    half_gradients: ClassVar[bool] = False
+
+    def __init__(self, teacher: Classifier) -> None:
+        self.teacher = teacher
+
+    def __call__(self, problem: Problem) -> SearchResult:
         """Return samples far past the boundary, all of them taken, as in their code."""
-        todo = Searches(self.teacher, images, base, target, logits)
+        images, base, target = problem.images, problem.base, problem.target
+        todo = Searches(self.teacher, images, base, target, problem.logits)
         with torch.enable_grad():
             counted = Counted(self.teacher)
             samples = plain_loop(counted, counted, todo, frozen=False)
-        direction, scale = as_ray(samples - images, quantise=False)
+        delta, scale = as_ray(samples - images, quantise=False)
         logits = logits_in_batches(self.teacher, samples, len(images))
         counts = torch.zeros_like(base, dtype=torch.int32)
-        status = torch.full_like(base, Status.CONVERGED, dtype=torch.uint8)
-        distance = row_sum((samples - images).square()).sqrt()
         return SearchResult(
-            direction, scale, logits, margin_of(logits, base, target), distance, status, counts, counts, target
+            delta=delta,
+            delta_scale=scale,
+            boundary_logits=logits,
+            margin=margin_of(logits, base, target),
+            distance=row_sum((samples - images).square()).sqrt(),
+            status=torch.full_like(base, Status.CONVERGED, dtype=torch.uint8),
+            evaluations=counts,
+            forwards=counts,
+            target=target,
         )
 
 
@@ -77,19 +86,27 @@ class OneBatch:
 
     def __init__(self, source: Source, steps: int) -> None:
         self.batch, self.steps, self.rows = next(iter(source.epoch(0))), steps, steps * BATCH
-        if self.batch.boundary is not None:
-            found = self.batch.boundary(torch.arange(len(self.batch.labels), device=self.batch.labels.device))
-            self.batch = Batch(
-                self.batch.images,
-                self.batch.labels,
-                self.batch.teacher_logits,
-                self.batch.usable,
-                lambda rows: type(found)(*(tensor[rows] for tensor in found)),
-            )
+        if isinstance(self.batch, BoundaryBatch):
+            rows = torch.arange(len(self.batch.labels), device=self.batch.labels.device)
+            self.batch = replace(self.batch, boundary=_AtHand(self.batch.boundary.samples_of(rows)))
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         for _ in range(self.steps):
             yield self.batch
+
+
+class _AtHand:
+    """Samples of all rows of a batch, which are there."""
+
+    def __init__(self, found: BoundarySamples) -> None:
+        self.found = found
+
+    def samples_of(self, rows: Tensor) -> BoundarySamples:
+        return BoundarySamples(
+            samples=self.found.samples[rows],
+            teacher_logits=self.found.teacher_logits[rows],
+            usable=self.found.usable[rows],
+        )
 
 
 @click.command()
@@ -121,25 +138,25 @@ def epochs_of_sources(
     """Measure images per second of a student by every source, a turn each, and the attack's before them."""
     fabric = make_fabric(params.runtime, precision)
     device = fabric.device
-    train, teacher = first_images(real_train(images), images), real_teacher(device)
+    train, teacher = first_images(real_train(images), images), loaded_teacher(device)
     batch = search_batch(params.runtime, device)
-    search = Search(teacher, params.attack, params.dataset, device, batch)
-    dataset = SampleDataset(train, params.dataset, params.attack, file_digest(WEIGHTS), Store(folder / "store"))
+    search = search_of(teacher.model, params.search, batch, device)
+    dataset = SampleDataset.of(train, params, teacher, Store(folder / "store"))
     workers = side_by_side(params.runtime, device)
     seconds, _ = seconds_of(lambda: list(dataset.make(search, dataset.missing(), workers)), device)
     dataset.publish(folder / "bss")
     shards = BoundaryShards(folder / "bss")
 
-    fresh = FreshSource(train, 4, True, 0, BATCH, device)
-    plain = PlainSearch(teacher, params.attack, params.dataset, device, batch)
+    fresh = FreshSource(train, params.views, 0, BATCH, device)
+    plain = TeacherSearch.of(teacher.model, PlainLoop, params.search.tolerance, batch, device)
     from_shards = partial(ShardSource, shards, 0, BATCH, device)
-    steps, on_boundary = images // BATCH, usable(converged_only=True)
+    steps, on_boundary = images // BATCH, (Status.CONVERGED,)
     sources: dict[str, tuple[str, Source]] = {
         "bss, shards resident": ("bss", from_shards(on_boundary, resident=True)),
         "bss, shards streamed": ("bss", from_shards(on_boundary, resident=False)),
         "bss, one batch at hand": ("bss", OneBatch(from_shards(on_boundary, resident=True), steps)),
         "bss, our search in the loop": ("bss", OnlineSource(fresh, search, on_boundary)),
-        "bss, the paper's rule in the loop": ("bss", OnlineSource(fresh, plain, usable(converged_only=False))),
+        "bss, the paper's rule in the loop": ("bss", OnlineSource(fresh, plain, on_boundary)),
         "hinton, shards resident": ("hinton", from_shards((), resident=True)),
         "hinton, teacher in the loop": ("hinton", OnlineSource(fresh, search, on_boundary)),
         "original": ("original", fresh),
@@ -148,13 +165,13 @@ def epochs_of_sources(
     fits = {}
     for name, (method, _) in sources.items():
         network = build(architecture_for(student, train))
-        objective = Objective(network, params.method[method].losses, TERMS)
-        fits[name] = _Run(fabric, network, objective, params.training, folder / "checkpoint.pt")
+        objective = Objective(network, params.method[method].losses)
+        fits[name] = TrainingRun(fabric, network, objective, params.training, folder / "checkpoint.pt")
     start = Moment(first_stage=False, epoch=0, epochs=params.training.epochs)
     times: dict[str, list[float]] = {name: [] for name in sources}
     for run in tqdm(range(runs + 1), unit="epoch of each", disable=None):
         for name, (_, source) in sources.items():
-            seconds_each, _ = seconds_of(partial(fits[name]._epoch, source, 0, start), device)
+            seconds_each, _ = seconds_of(partial(fits[name].train_epoch, source, 0, start), device)
             if run:  # the first one warms up
                 times[name].append(images / seconds_each)
     attack = {"name": "attack", "views_per_second": images * params.attack.views / seconds}

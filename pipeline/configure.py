@@ -107,7 +107,7 @@ def _lay_over(document: Any, values: Mapping[str, Any], source: str, at: str = "
 
 
 def _one_line(values: list[Any]) -> CommentedSeq:
-    """Return A list of its own, so that YAML writes no references to another one."""
+    """Return a list of its own, so that YAML writes no references to another one."""
     sequence = CommentedSeq(values)
     sequence.fa.set_flow_style()
     return sequence

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from numpy.typing import NDArray
+
 from pipeline.attack.columns import Block, shard_values
 from pipeline.core.errors import ParameterError, ShardError
 from pipeline.core.extensions import own_modules
@@ -134,15 +136,23 @@ class SampleDataset:
                 yield blocks[number]
 
     def _make_one(self, search: TeacherSearch, block: Block, slot: int = 0) -> None:
-        self.write(self.store.path(self.stored_name(block)), search, block)
+        self.keep(block, self.values(search, block))
+
+    def values(self, search: TeacherSearch, block: Block) -> dict[str, NDArray[Any]]:
+        """Search, and return the columns of a shard."""
+        return shard_values(search, self.train, block, self.views, self.attack)
+
+    def keep(self, block: Block, values: dict[str, NDArray[Any]]) -> None:
+        """Write a shard's columns into the store, to stay."""
+        self.write(self.store.path(self.stored_name(block)), block, values)
         self.store.seal(self.stored_name(block))
         return_freed_memory()
 
-    def write(self, path: Path, search: TeacherSearch, block: Block) -> None:
-        """Search, and write what is found to a file."""
+    def write(self, path: Path, block: Block, values: dict[str, NDArray[Any]]) -> None:
+        """Write a shard's columns to a file."""
         write_shard(
             path,
-            shard_values(search, self.train, block, self.views, self.attack),
+            values,
             self.columns,
             fingerprint=self.fingerprint,
             view=block.view,

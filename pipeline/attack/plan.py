@@ -56,7 +56,8 @@ def _measure(dataset: SampleDataset, search: TeacherSearch) -> tuple[float, floa
         path = Path(folder) / "shard.h5"
         while True:
             begin = time.perf_counter()
-            dataset.write(path, search, whole._replace(rows=rows))
+            part = whole._replace(rows=rows)
+            dataset.write(path, part, dataset.values(search, part))
             seconds = time.perf_counter() - begin
             if rows == whole.rows or seconds > CALIBRATION_SECONDS:
                 return rows / seconds, path.stat().st_size / rows

@@ -69,7 +69,7 @@ class Cell(_Strict):
     """Of one draw; None for methods that read no samples."""
 
     def values(self, measure: str) -> list[list[float]]:
-        """Return A measure by draw and seed, without runs that do not have it."""
+        """Return a measure by draw and seed, without runs that do not have it."""
         found = [[getattr(run, measure) for run in draw] for draw in self.runs]
         return [[value for value in draw if value is not None] for draw in found]
 

@@ -101,7 +101,7 @@ def _from_torchvision(name: str, classes: int) -> nn.Module:
 
 
 def _checked(classifier: Classifier) -> Classifier:
-    """Return A classifier, refused when its network cannot take its images."""
+    """Return a classifier, refused when its network cannot take its images."""
     architecture = classifier.architecture
     height, width = architecture.image_shape[1:]
     try:

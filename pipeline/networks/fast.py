@@ -17,7 +17,7 @@ def frozen(model: Classifier, device: torch.device) -> Classifier:
 
 
 def folded(model: Classifier) -> Classifier:
-    """Return A frozen copy for inference in which batch norm is part of the convolutions: fewer passes over memory.
+    """Return a frozen copy for inference in which batch norm is part of the convolutions: fewer passes over memory.
 
     Its logits differ from the model's by rounding only. Of a network that cannot be traced, or whose folded copy
     disagrees, it is a plain copy.
@@ -47,7 +47,7 @@ def _if_it_agrees(make: Callable[[], Classifier], plain: Classifier, tolerance: 
 
 
 def halved(model: Classifier) -> Classifier:
-    """Return A copy of a folded network that computes in bfloat16 between its first and its last layer, for gradients.
+    """Return a copy of a folded network that computes in bfloat16 between its first and its last layer, for gradients.
 
     About twice as fast where the machine has instructions for it. Pixels and logits stay float32: a small perturbation
     would be lost in rounded pixels. Of a network that cannot be split so, or on another machine, it is the model.

@@ -160,7 +160,7 @@ def _from_torchvision(name: str, root: Path) -> Source:
 
 
 def _loaded(loader: Any, root: Path, part: str) -> Any:
-    """Return A part of a torchvision dataset, downloaded when it is not there."""
+    """Return a part of a torchvision dataset, downloaded when it is not there."""
     chosen = {"split": part} if hasattr(loader, "split_list") else {"train": part == "train"}
     try:
         return loader(root, **chosen, download=True)

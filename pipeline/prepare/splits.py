@@ -47,7 +47,7 @@ def choose_by_class(labels: NDArray[np.int64], count: int, seed: int) -> NDArray
 
 
 def part_by_class(train: Prepared, fraction: float, seed: int) -> Prepared:
-    """Return A training split of a fraction of the images, with the classes in proportion, and its own statistics."""
+    """Return a training split of a fraction of the images, with the classes in proportion, and its own statistics."""
     if fraction == 1:
         return train
     rows = choose_by_class(train.labels, max(1, round(fraction * len(train.labels))), seed)

@@ -290,6 +290,6 @@ def croissant_card(manifest: Manifest, card: Card) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Return A line of text as Markdown that shows just this text, URLs as links."""
+    """Return a line of text as Markdown that shows just this text, URLs as links."""
     parts = LINK.split(" ".join(text.split()))
     return "".join(f"<{part}>" if n % 2 else MARKUP.sub(r"\\\g<0>", part) for n, part in enumerate(parts))

@@ -65,7 +65,7 @@ def accuracy_chart(rows: Rows, methods: Sequence[str]) -> Spec:
 
 
 def similarity_chart(rows: Rows, methods: Sequence[str], measure: str, title: str) -> Spec:
-    """Return A similarity of every seed by method, with mean and standard deviation; `rows` without undefined ones."""
+    """Return a similarity of every seed by method, with mean and standard deviation; `rows` without undefined ones."""
     return _by_method([row for row in rows if row[measure] is not None], methods, measure, title, ".3f")
 
 

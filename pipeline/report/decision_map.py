@@ -224,7 +224,7 @@ def agreement_on(logits: NDArray[np.float32], teacher: NDArray[np.float32]) -> f
 def map_png(
     scene: Scene, logits: NDArray[np.float32], names: Sequence[str], teacher: NDArray[np.float32] | None
 ) -> bytes:
-    """Return A picture of one network's map alone, as PNG; arguments as of `draw_map`."""
+    """Return a picture of one network's map alone, as PNG; arguments as of `draw_map`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(INCHES, INCHES), dpi=DOTS_PER_INCH)
@@ -233,7 +233,7 @@ def map_png(
 
 
 def png_of(figure: Any) -> bytes:
-    """Return A figure of matplotlib as PNG, without the name of the program."""
+    """Return a figure of matplotlib as PNG, without the name of the program."""
     content = BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})
     return content.getvalue()

@@ -64,7 +64,7 @@ def render(content: Content) -> str:
 
 
 def plots_page() -> str:
-    """Return A page that `dvc plots show` fills, for its `plots.html_template`: its own one fetches the scripts."""
+    """Return a page that `dvc plots show` fills, for its `plots.html_template`: its own one fetches the scripts."""
     return _filled("plots.html", {})
 
 

@@ -52,7 +52,7 @@ def decision_maps(
     device: torch.device,
     progress: Callable[[], Any],
 ) -> Iterator[Row]:
-    """Yield A row of pictures for each titled scene, one of each model.
+    """Yield a row of pictures for each titled scene, one of each model.
 
     Args:
         scenes: with their titles.

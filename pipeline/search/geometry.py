@@ -60,7 +60,7 @@ def project(origin: Tensor, gradient: Tensor, decrease: Tensor) -> Tensor:
 def project_on_two(
     origin: Tensor, first: Tensor, second: Tensor, first_decrease: Tensor, second_decrease: Tensor
 ) -> Tensor:
-    """Return A point of the box [0, 1]^d near `origin` at which two linear functions have fallen as asked.
+    """Return a point of the box [0, 1]^d near `origin` at which two linear functions have fallen as asked.
 
     The least-norm step on both, repeated over the pixels that it does not push out of range.
 

@@ -40,7 +40,7 @@ class ChunkCache:
         self._lock = threading.Lock()
 
     def get(self, file: int, column: str, number: int, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """Return A chunk of a column of a file (by its number in `_opened`), made when it is not here."""
+        """Return a chunk of a column of a file (by its number in `_opened`), made when it is not here."""
         key = (file, column, number)
         with self._lock:
             if key in self._chunks:

@@ -150,7 +150,7 @@ Folder = LocalFolder | RemoteFolder
 
 
 def folder_at(place: Path | str) -> Folder:
-    """Return A folder by its path, or by a URL as s3://bucket/folder or https://host/folder.
+    """Return a folder by its path, or by a URL as s3://bucket/folder or https://host/folder.
 
     Raises:
         ShardError: fsspec, or its part for that kind of URL, is not installed.

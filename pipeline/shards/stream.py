@@ -14,7 +14,7 @@ from pipeline.shards.reader import BoundaryShards
 
 
 def _shared(value: int) -> Tensor:
-    """Return A number that other processes see change."""
+    """Return a number that other processes see change."""
     number = torch.tensor(value)
     number.share_memory_()  # type: ignore[no-untyped-call]
     return number

@@ -101,7 +101,7 @@ def fit(task: FitTask, processes: Processes, store: Store, bar_position: int | N
     classifier = build(task.architecture)
     # After the network: its first weights are those of its seed, whatever it minimises.
     objective = task.objective(classifier)
-    run = _Run(fabric, classifier, objective, task.training, store.path(f"{key}/checkpoint.pt"))
+    run = TrainingRun(fabric, classifier, objective, task.training, store.path(f"{key}/checkpoint.pt"))
     curve = run.train(task, bar_position)
     if fabric.is_global_zero:
         save_weights(classifier, store.path(f"{key}/{WEIGHTS}"))
@@ -125,7 +125,7 @@ def find_fit(store: Store, key: str) -> Fit | None:
     return Fit(weights, json.loads(curve.read_text()), reused=True) if weights and curve else None
 
 
-class _Run:
+class TrainingRun:
     """A network in training, with its optimiser, schedule and checkpoint."""
 
     def __init__(
@@ -163,7 +163,7 @@ class _Run:
                 torch.manual_seed(task.seed * epochs + epoch + self.fabric.global_rank)
                 moment = self.objective.moment(epoch, epochs)
                 row = {"epoch": epoch + 1.0, "learning_rate": learning_rate(self.training, moment)}
-                row["loss"] = self._epoch(source, epoch, moment)
+                row["loss"] = self.train_epoch(source, epoch, moment)
                 if task.validation is not None:
                     row["validation_accuracy"] = accuracy(self.model, task.validation, self.fabric.device)
                 self.curve.append(row)
@@ -174,7 +174,7 @@ class _Run:
             raise TrainingError(f"{task.description}: the weights are not finite at the end: try a lower learning rate")
         return self.curve
 
-    def _epoch(self, source: Source, epoch: int, moment: Moment) -> float:
+    def train_epoch(self, source: Source, epoch: int, moment: Moment) -> float:
         """Train one epoch, and return the mean loss of its steps; the host waits for the device once, at the end."""
         self.model.train()
         if moment.epoch == 0:

@@ -89,7 +89,7 @@ class Term(nn.Module):
         return ()
 
     def forward(self, step: Step) -> Tensor:
-        """Return A scalar, with its weight."""
+        """Return a scalar, with its weight."""
         raise NotImplementedError
 
 
