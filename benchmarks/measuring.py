@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.core.files import write_atomically
+from pipeline.core.files import file_digest, write_atomically
 from pipeline.core.parameters import Params, load_params
 from pipeline.core.provenance import ROOT
 from pipeline.core.text import markdown_table
