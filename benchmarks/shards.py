@@ -18,6 +18,7 @@ import click
 import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks.measuring import (

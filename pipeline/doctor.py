@@ -20,6 +20,7 @@ import numpy as np
 from pipeline.core.errors import PipelineError
 from pipeline.core.parameters import Params, load_params
 from pipeline.core.store import COPIES
+from pipeline.core.timings import read_records
 from pipeline.images.prepared import read_prepared
 from pipeline.machine.device import processor
 from pipeline.shards.format import columns_of
@@ -63,6 +64,7 @@ def examine(folder: Path, params_path: Path) -> Iterator[Line]:
         yield from _dataset(params)
         yield from disk(folder, params)
     yield from _locks(folder)
+    yield from _timings(folder)
     yield from _dvc(folder)
 
 
@@ -161,6 +163,12 @@ def _holds(process: int, lock: Path) -> bool:
     except OSError:
         return False
     return any(os.path.realpath(entry) == str(lock.resolve()) for entry in entries)
+
+
+def _timings(folder: Path) -> Iterator[Line]:
+    """Say how long stages took when they last had work to do here."""
+    for name, record in read_records(folder / ".work/runs").items():
+        yield Line("ok", name, f"took {record.seconds:,.1f} s when it last had work: {record.said}")
 
 
 def _dvc(folder: Path) -> Iterator[Line]:

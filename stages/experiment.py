@@ -41,7 +41,13 @@ def main(experiment: Path, params_path: Path, prepared: Path, teacher: Path, out
     params, wanted = load_params(params_path), load_experiment(experiment)
     out = out or Path("reports/experiments") / experiment.stem
     train, validation, test = prepared / "train.h5", prepared / "validation.h5", prepared / "test.h5"
-    materials = Materials(read_prepared(train), read_validation(validation), read_prepared(test), teacher, WORK)
+    materials = Materials(
+        train=read_prepared(train),
+        validation=read_validation(validation),
+        test=read_prepared(test),
+        teacher=teacher,
+        work=WORK,
+    )
     if max(params.runtime.devices, int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ParameterError("runtime.devices: an experiment trains each run on one device; set it to 1")
     with lock(WORK / "experiment.lock", say), lock(WORK / "shards.lock", say):

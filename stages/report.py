@@ -10,7 +10,6 @@ from tqdm import tqdm
 from pipeline.core.errors import DataError, ShardError
 from pipeline.core.files import write_atomically, write_json
 from pipeline.core.parameters import Params, load_params
-from pipeline.core.timings import read_records
 from pipeline.experiment.results import Results, read_results
 from pipeline.images.prepared import read_prepared
 from pipeline.machine.device import set_up_device
@@ -34,7 +33,7 @@ from pipeline.report.summary import (
 )
 from pipeline.shards.quantiles import margins_and_distances
 from pipeline.shards.reader import BoundaryShards
-from stages.cli import EXIT_CODES, NOTHING_WRITTEN, RUNS, WORK, errors_in_one_line, params_option, path_option
+from stages.cli import EXIT_CODES, NOTHING_WRITTEN, errors_in_one_line, params_option, path_option
 
 PUBLISHED_VIEWS = Path("docs/results/views.json")
 BIN = ("from", "to", "samples")
@@ -92,18 +91,17 @@ def main(
         models[title] = load_for(students / f"{student}-{method}" / "seed-0.safetensors", train, "student")
     margin, distance = margins_and_distances(dataset.folder, dataset.manifest)
     inputs = Inputs(
-        params,
-        teacher_record,
-        records,
-        {name: read_curves(curves / "-".join(name) / "curves.csv") for name in names},
-        _views(views, params),
-        dataset,
-        histogram(margin, params.search.tolerance),
-        histogram(distance),
-        train,
-        models,
-        read_records(WORK / RUNS, ["prepare", "teacher", "attack", *map("-".join, names), "evaluate"]),
-        set_up_device(params.runtime),
+        params=params,
+        teacher=teacher_record,
+        students=records,
+        curves={name: read_curves(curves / "-".join(name) / "curves.csv") for name in names},
+        views=_views(views, params),
+        shards=dataset,
+        probability_margins=histogram(margin, params.search.tolerance),
+        distances=histogram(distance),
+        train=train,
+        models=models,
+        device=set_up_device(params.runtime),
     )
     with tqdm(
         total=maps_to_draw(models, dataset.manifest), desc="report", unit="map", disable=None, leave=False
@@ -119,7 +117,7 @@ def main(
         "table.md": table,
         "seeds.csv": seeds_csv(records),
         "curves.csv": curves_csv(inputs.curves),
-        "probability_margins.csv": plot_csv(BIN, inputs.margins),
+        "probability_margins.csv": plot_csv(BIN, inputs.probability_margins),
         "distances.csv": plot_csv(BIN, inputs.distances),
         "plots.html": plots_page(),
         "report.html": page,

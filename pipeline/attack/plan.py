@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from pipeline.attack.dataset import SampleDataset
 from pipeline.core.files import existing_parent
@@ -15,7 +15,8 @@ from pipeline.search.teacher_search import TeacherSearch
 CALIBRATION_SECONDS = 2.0  # the shortest measurement to trust
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
     """The cost of a sample dataset as its parameters ask for it."""
 
     shards: int

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pipeline.attack.columns import Block
 from pipeline.attack.dataset import SampleDataset
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from distributed import Client
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
     """What a worker needs to make any shard of a dataset."""
 
     params: str
@@ -48,11 +50,11 @@ def make_on_workers(
 ) -> Iterator[Block]:
     """Make shards as `SampleDataset.make` does, on the workers of a cluster: the same bytes, in any order."""
     job = Job(
-        params.model_dump_json(),
-        train.absolute(),
-        teacher.absolute(),
-        dataset.store.root.absolute(),
-        dataset.fingerprint,
+        params=params.model_dump_json(),
+        train=train.absolute(),
+        teacher=teacher.absolute(),
+        store=dataset.store.root.absolute(),
+        fingerprint=dataset.fingerprint,
     )
     yield from on_workers(client, partial(make_shard, job), blocks, say)
 

@@ -23,12 +23,10 @@ def record_run(directory: Path, name: str, record: RunRecord) -> None:
         (directory / f"{name}.json").write_text(record.model_dump_json() + "\n")  # half a record counts as none
 
 
-def read_records(directory: Path, names: list[str]) -> dict[str, RunRecord]:
-    """Return the records that there are of these names, in this order; a damaged one counts as none."""
+def read_records(directory: Path) -> dict[str, RunRecord]:
+    """Return the records that there are, by name; a damaged one counts as none."""
     found = {}
-    for name in names:
-        try:
-            found[name] = RunRecord.model_validate_json((directory / f"{name}.json").read_text())
-        except (OSError, ValueError):  # pydantic's errors are ValueErrors
-            continue
+    for path in sorted(directory.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError):  # pydantic's errors are ValueErrors
+            found[path.stem] = RunRecord.model_validate_json(path.read_text())
     return found

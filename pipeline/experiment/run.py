@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -28,7 +27,8 @@ from pipeline.training.fit import Fit
 from pipeline.training.term import statuses_of
 
 
-class Materials(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Materials:
     """What all runs of an experiment share."""
 
     train: Prepared

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from pipeline.core.errors import DataError
 from pipeline.core.parameters import Params
-from pipeline.core.timings import RunRecord
 from pipeline.evaluate.statistics import STANDARD_ERRORS
 from pipeline.experiment.results import FEWEST_PAIRS, Results
 from pipeline.images.prepared import Prepared
 from pipeline.networks.classifier import Classifier
 from pipeline.report import charts
 from pipeline.report.facts import facts_of
-from pipeline.report.page import Chart, Content, Picture, Row
+from pipeline.report.page import Chart, Charts, Content, Picture, Pictures, Row, Table
 from pipeline.report.samples import Example, amplification, pictures, typical_examples
 from pipeline.report.scenes import decision_maps, maps_note, scenes_of
 from pipeline.report.summary import Curves, Students, TeacherRecord, Verdict, finding, table_cells, verdicts
@@ -39,7 +39,8 @@ NONE_CONVERGED = "None: among the first samples of view 0 none converged."
 NO_MAPS = "None: no image has samples towards two classes."
 
 
-class Inputs(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
     """What a report is made from."""
 
     params: Params
@@ -49,14 +50,13 @@ class Inputs(NamedTuple):
     views: tuple[Results, str] | None
     """Results of the experiment `views`, and where they are from."""
     shards: BoundaryShards
-    margins: charts.Rows
+    probability_margins: charts.Rows
     """Histogram of the probability margins of converged samples."""
     distances: charts.Rows
     """Histogram of their L2 distances."""
     train: Prepared
     models: Mapping[str, Classifier]
     """By name, the teacher first."""
-    records: Mapping[str, RunRecord]
     device: torch.device
 
 
@@ -89,26 +89,24 @@ def gather(inputs: Inputs, progress: Callable[[], Any]) -> Content:
     shown = {method: params.method[method] for method in params.methods}
     examples = typical_examples(inputs.shards, inputs.train, EXAMPLES)
     teacher = next(iter(inputs.models.values()))
-    scenes = list(scenes_of(inputs.shards, inputs.train, teacher, examples))  # before maps move the teacher to a device
+    scenes = scenes_of(inputs.shards, inputs.train, teacher, examples)
     maps = list(decision_maps(scenes, inputs.models, manifest.class_names, inputs.device, progress))
     return Content(
         title=f"Boundary distillation on {params.dataset.name}",
         compared=_compared(inputs),
         finding=finding(students, shown, params.dataset.name),
-        **_table(students, verdicts(students, shown)),
-        accuracy=[
-            Chart(student, charts.accuracy_chart(_runs(students, student), params.methods))
-            for student in params.students
-        ],
-        **_views(inputs),
-        **_curves(inputs),
-        **_similarity(inputs),
-        **_dataset(inputs),
-        gallery=[_gallery_row(example, manifest.class_names) for example in examples],
-        gallery_note=GALLERY_NOTE if examples else NONE_CONVERGED,
-        maps=maps,
-        maps_note=maps_note(manifest) if maps else NO_MAPS,
-        facts=facts_of(params, manifest, inputs.records, inputs.device),
+        table=_table(students, verdicts(students, shown)),
+        accuracy=_accuracy(inputs),
+        views=_views(inputs),
+        curves=_curves(inputs),
+        similarity=_similarity(inputs),
+        dataset=_dataset(inputs),
+        gallery=Pictures(
+            rows=[_gallery_row(example, manifest.class_names) for example in examples],
+            note=GALLERY_NOTE if examples else NONE_CONVERGED,
+        ),
+        maps=Pictures(rows=maps, note=maps_note(manifest) if maps else NO_MAPS),
+        facts=facts_of(params, manifest, inputs.device),
     )
 
 
@@ -122,7 +120,7 @@ def _compared(inputs: Inputs) -> str:
     )
 
 
-def _table(students: Students, found: Sequence[Verdict]) -> dict[str, Any]:
+def _table(students: Students, found: Sequence[Verdict]) -> Table:
     less = {(each.student, each.method): each for each in found}
     references = {each.reference for each in found}
     header, rows = table_cells(students)
@@ -133,13 +131,12 @@ def _table(students: Students, found: Sequence[Verdict]) -> dict[str, Any]:
         header.insert(4, f"Against {references.pop()}, points" if len(references) == 1 else "Difference, points")
     else:
         rows = [[*row[:4], *row[5:]] for row in rows]
-    return {
-        "header": header,
-        "table": rows,
-        "table_note": "Mean ± standard deviation over student seeds, given one teacher and one draw of views; test "
-        "split. Differences in accuracy have their standard errors in brackets, and are bold beyond "
-        f"{STANDARD_ERRORS} of them. MagSim and AngSim are over the pairs that all students have in common.",
-    }
+    note = (
+        "Mean ± standard deviation over student seeds, given one teacher and one draw of views; test split. "
+        "Differences in accuracy have their standard errors in brackets, and are bold beyond "
+        f"{STANDARD_ERRORS} of them. MagSim and AngSim are over the pairs that all students have in common."
+    )
+    return Table(header=header, rows=rows, note=note)
 
 
 def _difference(verdict: Verdict, named: bool) -> str:
@@ -158,24 +155,33 @@ def _runs(students: Students, student: str) -> list[dict[str, Any]]:
     ]
 
 
-def _views(inputs: Inputs) -> dict[str, Any]:
+def _accuracy(inputs: Inputs) -> Charts:
+    methods = inputs.params.methods
+    drawn = [
+        Chart(student, charts.accuracy_chart(_runs(inputs.students, student), methods))
+        for student in inputs.params.students
+    ]
+    return Charts(charts=drawn)
+
+
+def _views(inputs: Inputs) -> Charts:
     if inputs.views is None:
         note = (
             "Not measured for these parameters: `make experiment-views` trains with 1 to 16 views, and `python -m "
             "stages.report` then shows it here. Precomputing lives on views: one alone is harmful, from four on "
             "nothing measurable was lost on digits (docs/RESULTS.md)."
         )
-        return {"views": [], "views_note": note}
+        return Charts(charts=[], note=note)
     results, source = inputs.views
     drawn = dict.fromkeys(cell.labels["student"] for cell in results.cells)
-    return {
-        "views": [Chart(student, charts.views_chart(results, student)) for student in drawn],
-        "views_note": f"From {source}: {results.dataset}, {results.images['train']:,} training images, a teacher of "
+    return Charts(
+        charts=[Chart(student, charts.views_chart(results, student)) for student in drawn],
+        note=f"From {source}: {results.dataset}, {results.images['train']:,} training images, a teacher of "
         f"its own ({results.teacher:.1%}). Bars are standard errors; dashed: fresh views, the teacher in the loop.",
-    }
+    )
 
 
-def _curves(inputs: Inputs) -> dict[str, Any]:
+def _curves(inputs: Inputs) -> Charts:
     found = []
     for student in inputs.params.students:
         rows = [
@@ -186,10 +192,10 @@ def _curves(inputs: Inputs) -> dict[str, Any]:
         ]
         if rows:
             found.append(Chart(student, charts.curves_chart(rows, inputs.params.methods)))
-    return {"curves": found, "curves_note": CURVES_NOTE if found else NO_CURVES}
+    return Charts(charts=found, note=CURVES_NOTE if found else NO_CURVES)
 
 
-def _similarity(inputs: Inputs) -> dict[str, Any]:
+def _similarity(inputs: Inputs) -> Charts:
     drawn = []
     for student in inputs.params.students:
         rows = _runs(inputs.students, student)
@@ -203,13 +209,10 @@ def _similarity(inputs: Inputs) -> dict[str, Any]:
         "classify correctly: ratio of lengths (MagSim) and cosine of the angle (AngSim), 1 for identical networks. "
         f"Over the {pairs:,} pairs that all students have in common"
     )
-    return {
-        "similarity": drawn,
-        "similarity_note": note + ("." if pairs >= FEWEST_PAIRS else ": too few to say anything."),
-    }
+    return Charts(charts=drawn, note=note + ("." if pairs >= FEWEST_PAIRS else ": too few to say anything."))
 
 
-def _dataset(inputs: Inputs) -> dict[str, Any]:
+def _dataset(inputs: Inputs) -> Charts:
     totals, tolerance = inputs.shards.manifest.totals, inputs.params.search.tolerance
     statuses = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in totals.statuses.items() if count)
     note = (
@@ -218,10 +221,12 @@ def _dataset(inputs: Inputs) -> dict[str, Any]:
         "in pixel space [0, 1]."
     )
     drawn = [
-        Chart("Probability margin", charts.histogram_chart(inputs.margins, "probability margin", tolerance)),
+        Chart(
+            "Probability margin", charts.histogram_chart(inputs.probability_margins, "probability margin", tolerance)
+        ),
         Chart("Distance", charts.histogram_chart(inputs.distances, "distance to the image, L2 in pixels")),
     ]
-    return {"dataset": drawn if inputs.margins else [], "dataset_note": note}
+    return Charts(charts=drawn if inputs.probability_margins else [], note=note)
 
 
 def _gallery_row(example: Example, names: Sequence[str]) -> Row:

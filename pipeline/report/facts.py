@@ -12,7 +12,6 @@ import torch
 
 from pipeline.core.parameters import Params
 from pipeline.core.text import leaves
-from pipeline.core.timings import RunRecord
 from pipeline.machine.device import processor
 from pipeline.shards.manifest import Manifest
 
@@ -22,13 +21,10 @@ Facts = dict[str, dict[str, Any]]
 """By title, by name."""
 
 
-def facts_of(params: Params, manifest: Manifest, records: Mapping[str, RunRecord], device: torch.device) -> Facts:
-    """Return what a run followed from, and what it took."""
+def facts_of(params: Params, manifest: Manifest, device: torch.device) -> Facts:
+    """Return what a run followed from. No times: the page is the same bytes whenever it is made on a machine."""
     values = params.model_dump(mode="json", exclude={"runtime", "method", "card"})
     facts: Facts = {
-        "Stages, last time they had work to do on this machine": {
-            name: f"{record.seconds:.1f} s: {record.said}" for name, record in records.items()
-        },
         "Machine and versions": _versions(device),
         "Digests": {
             "samples": manifest.fingerprint,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from pipeline.report.charts import Spec
@@ -32,35 +33,53 @@ class Row(NamedTuple):
     lines: Sequence[str] = ()
 
 
-class Content(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table with a note below."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Charts:
+    """Charts with a note below; the note says why if there are none."""
+
+    charts: Sequence[Chart]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pictures:
+    """Rows of pictures with a note below; the note says why if there are none."""
+
+    rows: Sequence[Row]
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
     """What is on the page, in order."""
 
     title: str
     compared: str
     finding: Sequence[str]
-    header: Sequence[str]
-    table: Sequence[Sequence[str]]
-    table_note: str
-    accuracy: Sequence[Chart]
-    views: Sequence[Chart]
-    views_note: str
-    curves: Sequence[Chart]
-    curves_note: str
-    similarity: Sequence[Chart]
-    similarity_note: str
-    dataset: Sequence[Chart]
-    dataset_note: str
-    gallery: Sequence[Row]
-    gallery_note: str
-    maps: Sequence[Row]
-    maps_note: str
+    table: Table
+    accuracy: Charts
+    views: Charts
+    curves: Charts
+    similarity: Charts
+    dataset: Charts
+    gallery: Pictures
+    maps: Pictures
     facts: Mapping[str, Mapping[str, Any]]
     """By title, by name."""
 
 
 def render(content: Content) -> str:
     """Return the page as text."""
-    return _filled("page.html", content._asdict())
+    return _filled("page.html", {each.name: getattr(content, each.name) for each in fields(content)})
 
 
 def plots_page() -> str:

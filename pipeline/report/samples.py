@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BytesIO
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from pipeline.shards.reader import BoundaryShards, samples_of
 SHARDS_SEARCHED = 8  # of the first view, at most: the gallery shows examples, not extremes
 
 
-class Example(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
     """One converged sample and what it started from."""
 
     image: Tensor
@@ -65,13 +66,13 @@ def _example(shards: BoundaryShards, train: Prepared, number: int) -> Example:
     row = shards[number]
     image = image_of(row, train, shards.manifest.augmentation.padding)
     return Example(
-        pixels(image),
-        samples_of(image, row["delta"][0], row["delta_scale"][0]),
-        int(row["label"]),
-        int(row["target"][0]),
-        float(probability_margin(row["margin"][0])),
-        float(row["distance"][0]),
-        row["teacher_logits"],
+        image=pixels(image),
+        sample=samples_of(image, row["delta"][0], row["delta_scale"][0]),
+        base=int(row["label"]),
+        target=int(row["target"][0]),
+        probability_margin=float(probability_margin(row["margin"][0])),
+        distance=float(row["distance"][0]),
+        logits=row["teacher_logits"],
     )
 
 

@@ -1,0 +1,203 @@
+"""A network and a loss of the user's, from a folder that the parameters name, through all stages."""
+
+import re
+import shutil
+import sys
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from pipeline.core.errors import ParameterError, WeightsError
+from pipeline.core.extensions import find_loss, own_modules
+from pipeline.core.parameters import check_params
+from pipeline.networks.weights import load_weights
+from tests.support.files import finish, fork_stage, tiny_values, write_params
+
+NETS = '''
+"""A wide ResNet (Zagoruyko and Komodakis, 2016), the smallest one."""
+
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, inside, outside):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.BatchNorm2d(inside), nn.ReLU(), nn.Conv2d(inside, outside, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outside), nn.ReLU(), nn.Conv2d(outside, outside, 3, padding=1, bias=False),
+        )
+        self.shortcut = nn.Conv2d(inside, outside, 1, bias=False)
+
+    def forward(self, x):
+        return self.body(x) + self.shortcut(x)
+
+
+def wide_resnet(channels, classes, image_shape):
+    width = 8
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1), Block(width, 2 * width), nn.MaxPool2d(2), Block(2 * width, 2 * width),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, classes),
+    )
+'''
+LOSSES = '''
+"""The cosine distance of logits."""
+
+from torch.nn import functional as F
+
+from own.helpers import centred
+from pipeline import Section, Term
+
+
+class Cosine(Term):
+    class Parameters(Section):
+        weight: float
+
+    def __init__(self, parameters, shapes):
+        super().__init__(parameters, shapes)
+        self.weight = parameters.weight
+
+    def forward(self, step):
+        ours, theirs = centred(step.logits), centred(step.teacher_batch.teacher_logits)
+        return self.weight * (1 - F.cosine_similarity(ours, theirs)).mean()
+'''
+HELPERS = "def centred(logits):\n    return logits - logits.mean(1, keepdim=True)\n"
+CHANGES = {
+    "code": "mine",
+    "dataset.path": ".",
+    "teacher.network": "own.nets.wide_resnet",
+    "teacher.training.epochs": 15,
+    "students": ["own.nets.wide_resnet", "mlp1w16"],
+    "methods": ["hinton", "mine"],
+    "method.mine": {"source": "shards", "own.losses.Cosine": {"weight": 0.5}},
+    "training.epochs": 3,
+    "attack.rows_per_shard": 100,
+}
+
+
+def write_code(folder):
+    folder.mkdir()
+    for name, text in (("nets", NETS), ("losses", LOSSES), ("helpers", HELPERS)):
+        (folder / f"{name}.py").write_text(text)
+
+
+@pytest.fixture(autouse=True)
+def no_package_of_another_test():
+    yield
+    for name in [name for name in sys.modules if name == "own" or name.startswith("own.")]:
+        del sys.modules[name]
+
+
+def run(directory, stage, *arguments):
+    code, output, errors = finish(fork_stage(directory, stage, *arguments), timeout=200)
+    assert code == 0, errors
+    return output
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder in which all six stages ran, with the user's network as teacher and student, and the user's loss."""
+    directory = tmp_path_factory.mktemp("own")
+    write_code(directory / "mine")
+    write_params(directory / "params.yaml", CHANGES)
+    said = {}
+    for stage, *arguments in (
+        ("prepare",),
+        ("teacher",),
+        ("attack",),
+        ("student", "--all"),
+        ("evaluate",),
+        ("report", "--views", "none"),
+    ):
+        said[stage] = run(directory, stage, *arguments)
+    return directory, said
+
+
+def test_all_six_stages_run(project):
+    directory, said = project
+    assert "own.nets.wide_resnet, trained for 15 epochs" in said["teacher"]
+    assert said["student"].count("(2 trained, 0 reused)") == 4
+    assert "own.nets.wide_resnet-mine" in {path.name for path in (directory / "models/students").iterdir()}
+    assert re.search(r"^\| own\.nets\.wide_resnet \| mine \| 2 \|", said["report"], re.MULTILINE)
+    assert (directory / "reports/report.html").stat().st_size > 100_000
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+EDITS = {
+    "a comment in the loss": (("losses.py", "class Cosine", "# mine\nclass Cosine"), 0, 0, "finished before"),
+    "the loss": (("losses.py", "(1 - F.cosine", "(2 - F.cosine"), 0, 4, "finished before"),
+    "what the loss imports": (("helpers.py", "logits - logits", "logits + logits"), 0, 4, "finished before"),
+    "the network": (("nets.py", "width = 8", "width = 4"), 4, 8, "trained for 15 epochs"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_makes_again_what_it_may_change(project, tmp_path, name):
+    directory = tmp_path / "copy"
+    shutil.copytree(project[0], directory)
+    (file, old, new), shards, students, teacher = EDITS[name]
+    edit(directory / "mine" / file, old, new)
+    assert teacher in run(directory, "teacher")
+    assert f"({shards} computed, {4 - shards} reused)" in run(directory, "attack")
+    said = run(directory, "student", "--all")
+    assert sum(map(int, re.findall(r"\((\d+) trained", said))) == students
+    if students == 4:  # those of the loss, of both networks
+        for line in said.splitlines():
+            assert ("(2 trained" in line) == ("-mine:" in line)
+
+
+WRONG = {
+    "no such module": ({"teacher.network": "own.other.net"}, "no module 'other'"),
+    "no such function": ({"teacher.network": "own.nets.narrow"}, "has no 'narrow'"),
+    "no function": ({"teacher.network": "own.nets"}, "expected own.<module>.<name>"),
+    "a module that fails": ({"students": ["own.broken.net"]}, "own.broken cannot be imported: ZeroDivisionError"),
+    "a module that misses another": (
+        {"students": ["own.needs.net"]},
+        "own.needs cannot be imported: No module named 'no_such'",
+    ),
+    "no such loss": ({"method.mine": {"source": "shards", "own.losses.Sine": {}}}, "has no 'Sine'"),
+    "a loss that is none": ({"method.mine": {"source": "shards", "own.nets.Block": {}}}, "is no loss"),
+    "a parameter of a loss": (
+        {"method.mine": {"source": "shards", "own.losses.Cosine": {"weight": "much"}}},
+        "method.mine.own.losses.Cosine.weight: Input should be a valid number (got 'much')",
+    ),
+    "an unknown parameter of a loss": (
+        {"method.mine": {"source": "shards", "own.losses.Cosine": {"weight": 1.0, "heigth": 2}}},
+        "method.mine.own.losses.Cosine.heigth: unknown parameter; known here: weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_named(tmp_path, name):
+    write_code(tmp_path / "mine")
+    (tmp_path / "mine/broken.py").write_text("1 / 0\n")
+    (tmp_path / "mine/needs.py").write_text("import no_such\n")
+    changes, message = WRONG[name]
+    with pytest.raises(ParameterError, match=re.escape(message)):
+        check_params(tiny_values({"code": str(tmp_path / "mine")} | changes), "tiny")
+
+
+def test_a_strangers_file_may_not_name_the_users_code(tmp_path, project):
+    """Unless the parameters name the same network."""
+    weights = project[0] / "models/teacher.safetensors"
+    state = load_file(weights)
+    write_code(tmp_path / "mine")
+    (tmp_path / "mine/trap.py").write_text("raise SystemExit('the trap was sprung')\n")
+    check_params(tiny_values({"code": str(tmp_path / "mine"), "students": ["own.nets.wide_resnet"]}), "tiny")
+    assert load_weights(weights).architecture.network == "own.nets.wide_resnet"
+    description = '{"network": "own.trap.net", "classes": 10, "image_shape": [1, 8, 8], "mean": [0.5], "std": [0.2]}'
+    save_file(state, tmp_path / "theirs.safetensors", {"architecture": description})
+    with pytest.raises(WeightsError, match=r"'own\.trap\.net' runs code of yours"):
+        load_weights(tmp_path / "theirs.safetensors")
+
+
+def test_a_users_loss_is_found_by_its_name(tmp_path):
+    write_code(tmp_path / "mine")
+    check_params(tiny_values({"code": str(tmp_path / "mine")}), "tiny")
+    assert find_loss("own.losses.Cosine").Parameters.model_validate({"weight": 0.5}).weight == 0.5
+    assert own_modules("own.losses.Cosine", "hinton") == ["own.losses"]
