@@ -1,4 +1,4 @@
-"""MagSim and AngSim as metrics that accumulate over batches, for use with torchmetrics (slow to import)."""
+"""MagSim and AngSim as metrics that accumulate over batches, for torchmetrics (an extra: `metrics`)."""
 
 from __future__ import annotations
 
