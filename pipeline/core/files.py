@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -38,7 +37,7 @@ CANNOT_BE_WRITTEN = {
         "EIO",
     )
 }
-FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file, copied when one of the two is written
+COPIED_BYTES = 1 << 30  # at a time; the file system shares blocks where it can
 
 
 @contextlib.contextmanager
@@ -196,9 +195,11 @@ def copy_file(source: Path, target: Path) -> None:
         raise StoreError(f"{source}: cannot be read: {error.strerror}") from error
     with reader, atomic_path(target) as temporary, open(temporary, "wb") as writer:
         try:
-            fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
-            return
-        except OSError:
+            while os.copy_file_range(reader.fileno(), writer.fileno(), COPIED_BYTES):
+                pass
+        except OSError:  # between file systems, on older kernels
+            for file in (reader, writer):
+                file.seek(0)
             shutil.copyfileobj(reader, writer, 1 << 20)
 
 

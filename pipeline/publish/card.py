@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.files import write_atomically
 from pipeline.core.parameters import Card
@@ -79,33 +80,51 @@ def readme_text(manifest: Manifest, card: Card, spread: Spread | None) -> str:
         card: what is stated of the images; it may hold any characters, none of them becomes markup.
         spread: of the converged samples, None if there are none.
     """
-    sections = (
-        _front_matter(manifest, card),
-        f"# {_escaped(card.title or TITLE)}",
-        _summary(manifest),
-        _origin(manifest),
-        _columns(manifest),
-        _counts(manifest),
-        _quantiles(spread),
-        _usage(manifest),
-        _rights(card),
-        _limits(manifest),
-        f"## Citation\n\nThe method is from\n\n```bibtex\n{CITATION}\n```",
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # imported here: only those who publish need it
+
+    environment = Environment(
+        loader=PackageLoader("pipeline.publish", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return "\n\n".join(sections) + "\n"
+    # A JSON value in one line is also a YAML value, whatever characters it holds.
+    environment.filters["tojson_line"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.filters["escaped"] = _escaped
+    return environment.get_template("card.md.j2").render(
+        manifest=manifest,
+        metadata=_metadata(manifest, card),
+        title=card.title or TITLE,
+        summary=_summary(manifest),
+        afterwards="".join(text for name, text in AFTERWARDS.items() if manifest.parameters.get(name) is not None),
+        parameters=json.dumps(manifest.parameters, indent=2, sort_keys=True),
+        origin=_origin(manifest),
+        columns=_columns(manifest),
+        counts=_counts(manifest),
+        statuses=_statuses(manifest),
+        quantiles=None if spread is None else _quantiles(spread),
+        embedded="image" in manifest.columns,
+        first_shard=shards_in_order(manifest)[0].name,
+        stated={
+            "Licence of the images": card.licence,
+            "Source of the images": card.source,
+            "Terms of use": card.terms,
+            "Published at": card.url,
+        },
+        citation=CITATION,
+    )
 
 
-def _front_matter(manifest: Manifest, card: Card) -> str:
-    values = {
+def _metadata(manifest: Manifest, card: Card) -> dict[str, Any]:
+    """Return what the Hugging Face hub reads."""
+    return {
         "pretty_name": card.title or TITLE,
         **_hub_licence(card.licence),
         "task_categories": ["image-classification"],
         "tags": TAGS,
         "size_categories": [SIZES[min(max(len(str(manifest.totals.rows)) - 3, 0), len(SIZES) - 1)]],
     }
-    # A JSON value in one line is also a YAML value, whatever characters it holds.
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
-    return "\n".join(("---", *lines, "---"))
 
 
 def _hub_licence(licence: str | None) -> dict[str, str]:
@@ -140,31 +159,15 @@ def _origin(manifest: Manifest) -> str:
         ("fingerprint of parameters, inputs and code", f"`{manifest.fingerprint}`"),
         ("format version", str(manifest.format_version)),
     ]
-    afterwards = "".join(text for name, text in AFTERWARDS.items() if manifest.parameters.get(name) is not None)
-    return f"""## How it was made
-
-By `python -m stages.attack` of the project boundary-distillation, from these parameters and inputs.{afterwards}
-
-```json
-{json.dumps(manifest.parameters, indent=2, sort_keys=True)}
-```
-
-{markdown_table(("", ""), facts)}"""
+    return markdown_table(("", ""), facts)
 
 
 def _columns(manifest: Manifest) -> str:
-    height, width = manifest.image_shape[1:]
     rows = [
         (f"`{name}`", c.dtype, "scalar" if not c.shape else " x ".join(map(str, c.shape)), _escaped(c.meaning))
         for name, c in columns_in_order(manifest).items()
     ]
-    content = "drawn rows" if manifest.is_sample else "training images under one view, one row each"
-    return f"""## Columns
-
-A file `view-<view>-block-<block>.h5` has a block of {content}, as HDF5 datasets.
-Images are channels first, {height} high and {width} wide; the names of classes are in `{MANIFEST}`.
-
-{markdown_table(("column", "dtype", "shape of a row", "meaning"), rows)}"""
+    return markdown_table(("column", "dtype", "shape of a row", "meaning"), rows)
 
 
 def _counts(manifest: Manifest) -> str:
@@ -183,96 +186,24 @@ def _counts(manifest: Manifest) -> str:
     of_whole = ("training images", "views of each image", "rows: views of all images")
     for name in of_whole if manifest.is_sample else ("rows: drawn views",):
         del counts[name]
-    statuses = [
+    return markdown_table(("", ""), [(name, f"{count:,}") for name, count in counts.items()])
+
+
+def _statuses(manifest: Manifest) -> str:
+    totals = manifest.totals
+    rows = [
         (f"`{name}`", f"{count:,}", f"{count / totals.samples:.2%}")
         for name, count in ((s.name.lower(), totals.statuses.get(s.name.lower(), 0)) for s in Status)
     ]
-    return f"""## Counts
-
-{markdown_table(("", ""), [(name, f"{count:,}") for name, count in counts.items()])}
-
-{markdown_table(("status", "samples", "share"), statuses)}"""
+    return markdown_table(("status", "samples", "share"), rows)
 
 
-def _quantiles(spread: Spread | None) -> str:
-    if spread is None:
-        return "## Converged samples\n\nNo sample converged."
+def _quantiles(spread: Spread) -> str:
     rows = [
-        (name, *(f"{value:.3g}" for value in values))
-        for name, values in (
-            ("probability margin tanh(abs(m) / 2)", spread.probability_margin),
-            ("distance, L2, pixels in [0, 1]", spread.distance),
-        )
+        ("probability margin tanh(abs(m) / 2)", *(f"{value:.3g}" for value in spread.probability_margin)),
+        ("distance, L2, pixels in [0, 1]", *(f"{value:.3g}" for value in spread.distance)),
     ]
-    return f"""## Converged samples
-
-Quantiles; m is the logit of the base class minus that of the target class, at the stored sample.
-
-{markdown_table(("", *(f"{q:.0%}" for q in QUANTILES)), rows)}"""
-
-
-def _usage(manifest: Manifest) -> str:
-    embedded = "image" in manifest.columns
-    sample = '\n    sample = shard["image"][:][done] / 255 + perturbation' if embedded else ""
-    more = ", and the samples" if embedded else ": `index`, `crop` and `flip` say which view of which image it is"
-    return f"""## How to use it
-
-Check it, with DIR for this folder: sizes, digests and layout of all files.
-
-```bash
-python -m stages.shards verify DIR
-```
-
-Read it with the project's code:
-
-```python
-from pipeline.shard_reader import BoundaryShards
-shards = BoundaryShards(".")  # this folder; all files are checked first
-row = shards[0]  # tensors by column{more}
-```
-
-Or with nothing but h5py:
-
-```python
-import h5py
-
-with h5py.File("{shards_in_order(manifest)[0].name}") as shard:
-    done = shard["status"][:, 0] == 0  # converged, first target class
-    scale = shard["delta_scale"][:, 0][done]
-    perturbation = shard["delta"][:, 0][done] * scale[:, None, None, None]{sample}
-    base, target = shard["label"][:][done], shard["target"][:, 0][done]
-    teacher_logits = shard["boundary_logits"][:, 0][done]
-```"""
-
-
-def _rights(card: Card) -> str:
-    stated = (
-        ("Licence of the images", card.licence),
-        ("Source of the images", card.source),
-        ("Terms of use", card.terms),
-        ("Published at", card.url),
-    )
-    lines = [f"- {name}: {'not stated' if text is None else _escaped(text)}" for name, text in stated]
-    note = "As the maker of this dataset states them; nothing here was checked."
-    return f"## Licence, source and terms\n\n{note}\n\n" + "\n".join(lines)
-
-
-def _limits(manifest: Manifest) -> str:
-    if "image" in manifest.columns:
-        images = "The training images are inside, as views: whoever may not pass them on may not pass on this dataset."
-    else:
-        images = "The training images are not inside: without them, samples cannot be put together."
-    limits = (
-        "Samples are no natural images: each is a training image and a perturbation that a search has found. Pixels "
-        "are not clipped and can be a little outside [0, 1].",
-        "They belong to one teacher, by its weights: the boundary of any other network is elsewhere.",
-        "A converged sample is near the boundary, not on it: its probability margin is at most the tolerance. "
-        "Samples of another status are not for training.",
-        "Distances are those that one search has found: the boundary can be nearer.",
-        images,
-        "Errors and biases of the images, of their labels and of the teacher are in the samples, too.",
-    )
-    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+    return markdown_table(("", *(f"{q:.0%}" for q in QUANTILES)), rows)
 
 
 def croissant_card(manifest: Manifest, card: Card) -> str:
