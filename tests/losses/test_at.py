@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.core.parameters import At
-from pipeline.losses.at import attention_loss, attention_map
+from pipeline.losses.at import AtTerm, attention_loss, attention_map
 from pipeline.training.batches import Batch
 from tests.support.helpers import (
     Counting,
@@ -99,7 +98,7 @@ def test_the_term_is_the_sum_over_layers_with_its_weight(layers, epoch, epochs):
     network, teacher = training_student(), wide_teacher()
     student = Counting(network)
     batch = Batch(images=random_images(8, 12), labels=torch.arange(12) % 4)
-    given = At(student_layers=layers, teacher_layers=layers, weight=50.0)
+    given = AtTerm.Parameters(student_layers=layers, teacher_layers=layers, weight=50.0)
     loss = loss_of(student, {"at": given}, batch, epoch, epochs, teacher)
     ours, theirs = features_of(network, batch.images), features_of(teacher, batch.images)
     part = 50 * sum(loss_by_loop(ours[name], theirs[name]) for name in layers)
@@ -112,7 +111,7 @@ def test_layers_are_compared_in_pairs():
     # Maps of one size, but each student's layer goes with another layer of the teacher.
     network, teacher = training_student(), wide_teacher()
     batch = Batch(images=random_images(9, 12), labels=torch.arange(12) % 4)
-    given = At(student_layers=["conv1", "layer1"], teacher_layers=["layer1", "conv1"], weight=50.0)
+    given = AtTerm.Parameters(student_layers=["conv1", "layer1"], teacher_layers=["layer1", "conv1"], weight=50.0)
     loss = loss_of(network, {"at": given}, batch, teacher=teacher)
     ours, theirs = features_of(network, batch.images), features_of(teacher, batch.images)
     expected = loss_by_loop(ours["conv1"], theirs["layer1"]) + loss_by_loop(ours["layer1"], theirs["conv1"])
@@ -124,7 +123,7 @@ def test_layers_are_compared_in_pairs():
 def test_the_gradient_reaches_the_student_and_not_the_teacher():
     teacher = wide_teacher().requires_grad_(True)
     batch = Batch(images=random_images(10, 12), labels=torch.arange(12) % 4)
-    given = At(student_layers=["layer2"], teacher_layers=["layer2"], weight=1000.0)
+    given = AtTerm.Parameters(student_layers=["layer2"], teacher_layers=["layer2"], weight=1000.0)
     plain, other = training_student(), training_student()
     loss_of(plain, {}, batch).backward()
     loss_of(other, {"at": given}, batch, teacher=teacher).backward()

@@ -1,6 +1,7 @@
 """The boundary loss against float64 NumPy, and the loss of the method against the same from the student's logits."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,7 +9,6 @@ import torch
 from torch import nn
 
 from pipeline.losses.bss import boundary_weight, mean_over_selected, running_statistics_kept, select_base_samples
-from pipeline.training.batches import Batch
 from tests.support.helpers import (
     Counting,
     bss_parameters,
@@ -178,9 +178,7 @@ def test_bss_makes_no_second_pass_once_its_weight_is_zero(epoch, epochs):
 
 def test_bss_without_any_boundary_sample_is_hinton():
     batch, asked, _, _ = random_batch(0)
-    none_usable = Batch(
-        batch.images, batch.labels, batch.teacher_logits, torch.zeros(24, dtype=torch.bool), batch.boundary
-    )
+    none_usable = dataclasses.replace(batch, usable=torch.zeros(24, dtype=torch.bool))
     loss = loss_of(training_student(), both(), none_usable)
     assert len(asked) == 1  # a fixed count of fillers, so that nothing waits for the device
     assert loss == loss_of(training_student(), HINTON, batch)

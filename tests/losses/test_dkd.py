@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.core.parameters import Dkd
-from pipeline.losses.dkd import decoupled_divergence
+from pipeline.losses.dkd import DkdTerm, decoupled_divergence
 from pipeline.training.batches import TeacherBatch
 from tests.support.helpers import (
     Counting,
@@ -156,7 +155,7 @@ SCHEDULES = [(0, 10, 0.0, 1.0), (0, 10, 0.4, 0.0), (1, 10, 0.4, 0.25), (4, 10, 0
 def test_the_term_grows_to_its_weights(epoch, epochs, warm_up, warmth):
     student = Counting(training_student())
     batch, asked, _, _ = random_batch(8)
-    given = Dkd(temperature=4.0, target=1.5, non_target=6.0, warm_up=warm_up)
+    given = DkdTerm.Parameters(temperature=4.0, target=1.5, non_target=6.0, warm_up=warm_up)
     loss = loss_of(student, {"dkd": given}, batch, epoch, epochs)
     (logits,) = student.passes
     target, non_target = all_by_loop(logits, batch.teacher_logits, batch.labels, 4.0)
@@ -170,7 +169,7 @@ def test_the_term_grows_to_its_weights(epoch, epochs, warm_up, warmth):
 def test_each_part_has_its_own_weight(weights):
     student = Counting(training_student())
     batch, _, _, _ = random_batch(9)
-    loss = loss_of(student, {"dkd": Dkd(temperature=2.0, warm_up=0.0, **weights)}, batch)
+    loss = loss_of(student, {"dkd": DkdTerm.Parameters(temperature=2.0, warm_up=0.0, **weights)}, batch)
     (logits,) = student.passes
     parts = all_by_loop(logits, batch.teacher_logits, batch.labels, 2.0).mean(1)
     expected = parts[0] if weights["target"] else parts[1]
@@ -186,7 +185,7 @@ def test_the_gradient_reaches_every_weight_of_the_student():
         loss_of(student, losses, batch).backward()
         return [parameter.grad for parameter in student.parameters()]
 
-    with_it = gradients({"dkd": Dkd(temperature=4.0, target=1.0, non_target=8.0, warm_up=0.0)})
+    with_it = gradients({"dkd": DkdTerm.Parameters(temperature=4.0, target=1.0, non_target=8.0, warm_up=0.0)})
     assert all(torch.isfinite(gradient).all() for gradient in with_it)
     # Of the first and of the last layer.
     for place in (0, -1):

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.core.parameters import FitNet
-from pipeline.losses.fitnet import hint_loss
+from pipeline.losses.fitnet import FitNetTerm, hint_loss
 from pipeline.training.batches import Batch, TeacherBatch
 from pipeline.training.objective import Moment, Objective
 from tests.support.helpers import (
@@ -58,7 +57,7 @@ def test_the_gradient_is_that_of_the_loss():
 
 
 def objective_of(student, teacher, layers=("layer2",), **losses):
-    given = FitNet(student_layers=list(layers), teacher_layers=list(layers), first_stage=0.25)
+    given = FitNetTerm.Parameters(student_layers=list(layers), teacher_layers=list(layers), first_stage=0.25)
     return Objective(student, {"fitnet": given} | losses, teacher)
 
 
@@ -66,7 +65,7 @@ def objective_of(student, teacher, layers=("layer2",), **losses):
 def test_the_first_stage_minimises_the_hints_alone(layers):
     student, teacher = training_student(), wide_teacher()
     objective = objective_of(student, teacher, layers, hinton=hinton_parameters())
-    regressors = objective.terms["fitnet"].regressors
+    regressors = objective.terms[0].regressors
     # From 2, 4, 8 channels to 4, 8, 16.
     widths = {"layer1": (2, 4), "layer2": (4, 8), "layer3": (8, 16)}
     assert [(layer.in_channels, layer.out_channels) for layer in regressors] == [widths[name] for name in layers]

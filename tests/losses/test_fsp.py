@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.core.parameters import Fsp
-from pipeline.losses.fsp import fsp_loss, fsp_matrix
+from pipeline.losses.fsp import FspTerm, fsp_loss, fsp_matrix
 from pipeline.networks.classifier import Architecture
 from pipeline.training.batches import Batch
 from pipeline.training.objective import Moment, Objective
@@ -110,7 +109,7 @@ def test_the_gradient_is_that_of_the_loss():
 
 
 def objective_of(student, teacher, layers, weight=3.0):
-    given = Fsp(student_layers=list(layers), teacher_layers=list(layers), first_stage=0.5, weight=weight)
+    given = FspTerm.Parameters(student_layers=list(layers), teacher_layers=list(layers), first_stage=0.5, weight=weight)
     return Objective(student, {"fsp": given}, teacher)
 
 
@@ -121,7 +120,7 @@ def test_the_first_stage_minimises_the_flow_alone_with_its_weight(layers):
     batch = Batch(images=random_images(6, 6), labels=torch.arange(6) % 4)
     ours, theirs = features_of(student, batch.images), features_of(teacher, batch.images)
     connected = [
-        convolved(layer, ours[name]) for layer, name in zip(objective.terms["fsp"].connectors, layers, strict=True)
+        convolved(layer, ours[name]) for layer, name in zip(objective.terms[0].connectors, layers, strict=True)
     ]
     expected = 3 * loss_by_loop(connected, [theirs[name] for name in layers])
     assert expected > 0.05

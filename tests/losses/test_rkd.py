@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.core.parameters import Rkd
-from pipeline.losses.rkd import angle_loss, distance_loss, embedding
+from pipeline.losses.rkd import RkdTerm, angle_loss, distance_loss, embedding
 from pipeline.training.batches import Batch
 from tests.support.helpers import (
     Counting,
@@ -150,7 +149,7 @@ def test_the_term_is_the_sum_over_layers_with_its_weights(layers, distance, angl
     network, teacher = training_student(), wide_teacher()
     student = Counting(network)
     batch = Batch(images=random_images(12, 10), labels=torch.arange(10) % 4)
-    given = Rkd(student_layers=layers, teacher_layers=layers, distance=distance, angle=angle)
+    given = RkdTerm.Parameters(student_layers=layers, teacher_layers=layers, distance=distance, angle=angle)
     loss = loss_of(student, {"rkd": given}, batch, 3, 8, teacher)
     ours, theirs = features_of(network, batch.images), features_of(teacher, batch.images)
     part = 0.0
@@ -165,7 +164,7 @@ def test_the_term_is_the_sum_over_layers_with_its_weights(layers, distance, angl
 def test_the_gradient_reaches_the_student_and_not_the_teacher():
     teacher = wide_teacher().requires_grad_(True)
     batch = Batch(images=random_images(13, 12), labels=torch.arange(12) % 4)
-    given = Rkd(student_layers=["layer3"], teacher_layers=["layer3"], distance=25.0, angle=50.0)
+    given = RkdTerm.Parameters(student_layers=["layer3"], teacher_layers=["layer3"], distance=25.0, angle=50.0)
     plain, other = training_student(), training_student()
     loss_of(plain, {}, batch).backward()
     loss_of(other, {"rkd": given}, batch, teacher=teacher).backward()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.core.errors import WeightsError
-from pipeline.networks import classifier as models
+from pipeline.networks import fast
 from pipeline.networks.classifier import Architecture, Classifier, build
 from pipeline.networks.fast import folded, halved
 from pipeline.networks.resnet import BasicBlock
@@ -310,7 +310,7 @@ def test_gradients_of_the_folded_copy_are_those_of_the_model():
 @pytest.fixture
 def bfloat16(monkeypatch):
     """As on a machine with instructions for bfloat16."""
-    monkeypatch.setattr(models, "_has_bfloat16", lambda device: True)
+    monkeypatch.setattr(fast, "_has_bfloat16", lambda device: True)
 
 
 def gradient_of(network, images):

@@ -10,23 +10,26 @@ import numpy as np
 import pytest
 import torch
 
+import pipeline.shards.order
 import pipeline.student.shard_source
 from pipeline.core.errors import ShardError
-from pipeline.core.status import Status, usable
+from pipeline.core.status import Status
+from pipeline.losses.bss import BssTerm
 from pipeline.networks.fast import folded
 from pipeline.search.boundary import judge
-from pipeline.search.teacher_search import Search
 from pipeline.shards.reader import BoundaryShards
 from pipeline.student.online_source import OnlineSource
 from pipeline.student.shard_source import ShardSource
-from pipeline.training.batches import FreshSource
+from pipeline.training.batches import Batch, FreshSource, TeacherBatch
 from tests.support.helpers import (
     CPU,
     attack_parameters,
-    dataset_parameters,
+    bss_parameters,
     make_shards,
     random_prepared,
+    searching,
     tiny_resnet,
+    view_parameters,
 )
 
 ROWS, VIEWS, TARGETS = 150, 3, 2  # in blocks of 16, the last of 6
@@ -44,7 +47,7 @@ def train(teacher):
 
 def shards_in(folder, train, teacher, **changes):
     # So few gradients that some searches come to no end.
-    return BoundaryShards(make_shards(folder, train, teacher, attack_parameters(max_gradients=3, **changes)))
+    return BoundaryShards(make_shards(folder, train, teacher, attack_parameters(**changes), max_gradients=3))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,8 @@ def place_of(stored):
     return {image.tobytes(): place for place, image in enumerate(stored["image"])}
 
 
-ON_BOUNDARY, ALL_SEARCHES, NONE = usable(converged_only=True), usable(converged_only=False), ()
+ON_BOUNDARY = BssTerm.statuses(bss_parameters(converged_only=True))
+ALL_SEARCHES, NONE = BssTerm.statuses(bss_parameters(converged_only=False)), ()
 
 
 def source_of(shards, seed=7, batch_size=32, statuses=ON_BOUNDARY, **options):
@@ -90,17 +94,24 @@ def places_in(batch, place_of):
     return np.array([place_of[image.tobytes()] for image in pixels])
 
 
+def values_of(whole):
+    """The fields of a batch, or of boundary-supporting samples, by name."""
+    return {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
+
+
 def everything_in(batch):
     """All tensors of a batch, with the boundary-supporting samples of its rows, backwards."""
     rows = torch.arange(len(batch.labels)).flip(0)
-    values = [value for value in dataclasses.astuple(dataclasses.replace(batch, boundary=None)) if value is not None]
-    return values + (list(batch.boundary.samples_of(rows)) if batch.boundary else [])
+    values = values_of(batch)
+    boundary = values.pop("boundary", None)
+    return [*values.values(), *(values_of(boundary.samples_of(rows)).values() if boundary else [])]
 
 
 def assert_same_batches(first, second):
     first, second = list(first), list(second)
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
+        assert type(one) is type(other)
         for value, same in zip(everything_in(one), everything_in(other), strict=True):
             assert torch.equal(value, same)
 
@@ -126,7 +137,7 @@ def test_the_dataset_is_worth_testing_with(stored, place_of):
 @pytest.mark.parametrize(("window", "batch_size"), [(None, 7), (None, 32), (1, 7), (1, 32), (3, 7), (3, 32), (4, 1000)])
 def test_resident_and_streamed_batches_are_the_same(shards, monkeypatch, window, batch_size, statuses):
     if window:
-        monkeypatch.setattr(pipeline.student.shard_source, "WINDOW_SHARDS", window)
+        monkeypatch.setattr(pipeline.shards.order, "WINDOW_SHARDS", window)
     resident = source_of(shards, batch_size=batch_size, statuses=statuses, resident=True)
     streamed = source_of(shards, batch_size=batch_size, statuses=statuses, resident=False)
     for epoch in range(VIEWS + 1):
@@ -149,7 +160,7 @@ def test_where_shards_are_kept_is_decided_by_free_memory_and_changes_nothing(sha
 def test_every_row_comes_once_an_epoch_and_every_view_once_in_as_many_epochs(
     shards, stored, place_of, monkeypatch, resident, window
 ):
-    monkeypatch.setattr(pipeline.student.shard_source, "WINDOW_SHARDS", window)
+    monkeypatch.setattr(pipeline.shards.order, "WINDOW_SHARDS", window)
     source = source_of(shards, resident=resident)
     assert source.rows == ROWS
     for cycle in range(2):
@@ -228,13 +239,13 @@ def test_a_boundary_sample_is_given_again_when_it_is_asked_for_again(shards):
     batch = next(source_of(shards).epoch(0))
     rows = torch.tensor([9, 3, 3, 17])  # any rows, in any order
     first, second = batch.boundary.samples_of(rows), batch.boundary.samples_of(torch.arange(32))
-    for value, all_values in zip(first, second, strict=True):
-        assert torch.equal(value, all_values[rows])
+    for name, value in values_of(first).items():
+        assert torch.equal(value, getattr(second, name)[rows]), name
 
 
 def test_without_boundary_there_are_no_boundary_samples(shards):
     batches = list(source_of(shards, statuses=NONE).epoch(0))
-    assert all(batch.boundary is None and batch.usable is None for batch in batches)
+    assert all(type(batch) is TeacherBatch for batch in batches)
     assert same_images(batches, source_of(shards).epoch(0))
 
 
@@ -282,7 +293,7 @@ def test_shards_without_images_need_the_training_data_they_were_made_from(shards
 
 
 def fresh_source(train, padding=1, flip=True, seed=3, batch_size=32):
-    return FreshSource(train, padding, flip, seed, batch_size, CPU)
+    return FreshSource(train, view_parameters(padding=padding, flip=flip), seed, batch_size, CPU)
 
 
 def test_fresh_views_hold_every_row_once(train):
@@ -301,7 +312,7 @@ def test_fresh_views_hold_every_row_once(train):
 def test_fresh_views_without_padding_and_flip_are_the_images(train):
     for index, batch in fresh_source(train, padding=0, flip=False).indexed(0):
         np.testing.assert_array_equal(batch.images, train.images[index].astype(np.float32) / np.float32(255))
-        assert batch.teacher_logits is batch.usable is batch.boundary is None
+        assert type(batch) is Batch  # which knows no teacher
 
 
 def test_fresh_views_follow_from_seed_and_epoch_alone(train):
@@ -330,7 +341,7 @@ def test_fresh_views_come_in_another_order_and_are_cut_in_another_way_every_epoc
 
 @pytest.fixture
 def online(train, teacher):
-    search = Search(tiny_resnet(0), attack_parameters(), dataset_parameters(), CPU, batch_size=64)
+    search = searching(tiny_resnet(0))
     return OnlineSource(fresh_source(train), search, ON_BOUNDARY)
 
 
@@ -363,16 +374,14 @@ def test_online_boundary_samples_are_on_the_teachers_boundary(online, teacher):
 @pytest.mark.parametrize("statuses", [ON_BOUNDARY, ALL_SEARCHES], ids=["converged", "all"])
 def test_online_samples_are_used_by_how_their_search_ended(train, statuses):
     # Searches of few gradients, some of which come to no end.
-    search = Search(tiny_resnet(0), attack_parameters(max_gradients=2), dataset_parameters(), CPU, batch_size=64)
-    ended, find = [], search.find
+    search, ended = searching(tiny_resnet(0), max_gradients=2), []
 
-    def spied(*arguments):
-        result = find(*arguments)
+    def spied(problem):
+        result = search.search(problem)
         ended.append(result.status)
         return result
 
-    search.find = spied
-    batches = OnlineSource(fresh_source(train), search, statuses).epoch(0)
+    batches = OnlineSource(fresh_source(train), dataclasses.replace(search, search=spied), statuses).epoch(0)
     kept = [batch.boundary.samples_of(torch.arange(len(batch.labels))).usable for batch in batches]
     status = torch.cat(ended).numpy()
     assert {Status.CONVERGED, Status.NOT_CONVERGED, Status.BASE_MISCLASSIFIED} <= set(status.tolist())
@@ -382,10 +391,9 @@ def test_online_samples_are_used_by_how_their_search_ended(train, statuses):
 def test_random_noise_online_follows_from_seed_epoch_and_step(train):
     def samples(seed=3, epoch=0):
         """The noise of each batch, on images that the teacher gets right, and what it was drawn from."""
-        search = Search(tiny_resnet(0), attack_parameters(search="random"), dataset_parameters(), CPU, batch_size=64)
-        draws, find = [], search.find
-        search.find = lambda *arguments: draws.append(arguments[-1]) or find(*arguments)
-        source = OnlineSource(fresh_source(train, padding=0, flip=False, seed=seed), search, ALL_SEARCHES)
+        search, draws = searching(tiny_resnet(0), name="random"), []
+        spied = dataclasses.replace(search, search=lambda problem: draws.append(problem.draw) or search.search(problem))
+        source = OnlineSource(fresh_source(train, padding=0, flip=False, seed=seed), spied, ALL_SEARCHES)
         batches = list(source.epoch(epoch))
         noise = [batch.boundary.samples_of(torch.arange(len(batch.labels))).samples - batch.images for batch in batches]
         assert all((each != 0).any((1, 2, 3)).float().mean() > 0.9 for each in noise)
@@ -410,13 +418,14 @@ def test_online_batches_repeat_for_the_same_seed_and_epoch(online, train):
     (first, *_), (second, *_) = list(online.epoch(2)), list(other.epoch(2))
     first.boundary.samples_of(torch.arange(20))
     rows = torch.tensor([5, 1])
-    for value, same in zip(first.boundary.samples_of(rows), second.boundary.samples_of(rows), strict=True):
-        assert torch.equal(value, same)
+    same = second.boundary.samples_of(rows)
+    for name, value in values_of(first.boundary.samples_of(rows)).items():
+        assert torch.equal(value, getattr(same, name)), name
 
 
 def test_a_search_leaves_the_teacher_as_it_is(teacher):
     model = tiny_resnet(0)
-    search = Search(model, attack_parameters(), dataset_parameters(), CPU, batch_size=64)
+    search = searching(model)
     train = random_prepared(2, 20, model=teacher)
     for batch in OnlineSource(fresh_source(train), search, ON_BOUNDARY).epoch(0):
         batch.boundary.samples_of(torch.arange(20))

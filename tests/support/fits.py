@@ -12,12 +12,8 @@ from pipeline.training import fit as training
 from pipeline.training.batches import FreshSource
 from pipeline.training.fit import DIGEST_BYTES, FitTask, fit
 from pipeline.training.objective import Objective
-from tests.support.files import (
-    CPU,
-    tiny_params,
-    tiny_splits,
-)
-from tests.support.helpers import view_parameters
+from tests.support.files import tiny_params, tiny_splits
+from tests.support.helpers import CPU, view_parameters
 
 
 class Recorded:

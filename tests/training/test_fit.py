@@ -19,7 +19,7 @@ from pipeline.shards.reader import BoundaryShards
 from pipeline.student.inputs import Inputs
 from pipeline.student.run import StudentRun
 from pipeline.training import fit as training
-from pipeline.training.batches import Batch, batches_of
+from pipeline.training.batches import BoundaryBatch, BoundarySamples, batches_of
 from pipeline.training.fit import curve_csv, learning_rate
 from pipeline.training.objective import Moment
 from tests.support.files import (
@@ -278,7 +278,7 @@ def student_run(directory, samples, method="bss", changes=None, **inputs):
     if params.method[method].source == "online" or params.method[method].reads_features:
         given["teacher"] = samples / "teacher.safetensors"
     processes = Processes(params.runtime, params.training.precision)
-    return StudentRun(params, "resnet8w2", method, Inputs(**(given | inputs)), processes, Store(directory))
+    return StudentRun.of(params, "resnet8w2", method, Inputs(**(given | inputs)), processes, Store(directory))
 
 
 @pytest.mark.parametrize("method", ["original", "bss"])
@@ -444,7 +444,18 @@ def test_layers_that_do_not_fit_are_refused_before_any_training(tmp_path, sample
 def numbered_batch(rows):
     images = torch.arange(rows * 4.0).view(rows, 1, 2, 2)
     labels = torch.arange(rows)
-    return Batch(images, labels, images.flatten(1), labels % 2 == 0, lambda chosen: (images[chosen], chosen))
+
+    class Boundary:
+        def samples_of(self, chosen):
+            return BoundarySamples(samples=images[chosen], teacher_logits=chosen[:, None], usable=chosen % 2 == 0)
+
+    return BoundaryBatch(
+        images=images,
+        labels=labels,
+        teacher_logits=images.flatten(1),
+        usable=labels % 2 == 0,
+        boundary=Boundary(),
+    )
 
 
 @pytest.mark.parametrize(("rows", "parts"), [(8, 2), (7, 2), (7, 3), (1, 3), (5, 1)])
@@ -460,9 +471,10 @@ def test_parts_of_a_batch_are_the_whole_and_their_mean_is_its_mean(rows, parts):
         assert torch.equal(part.teacher_logits, whole.teacher_logits[part.labels])
         assert torch.equal(part.usable, whole.usable[part.labels])
         chosen = torch.tensor([len(part.labels) - 1])
-        images, at = part.boundary.samples_of(chosen)
-        assert torch.equal(images, part.images[chosen])
-        assert torch.equal(at, part.labels[chosen])
+        found = part.boundary.samples_of(chosen)
+        assert torch.equal(found.samples, part.images[chosen])
+        assert torch.equal(found.teacher_logits[:, 0], part.labels[chosen])
+        assert torch.equal(found.usable, part.usable[chosen])
 
 
 @pytest.mark.parametrize(

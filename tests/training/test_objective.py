@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.core.errors import ParameterError
-from pipeline.core.parameters import At, FitNet, Fsp, Rkd
+from pipeline.losses.at import AtTerm
+from pipeline.losses.fitnet import FitNetTerm
+from pipeline.losses.fsp import FspTerm
+from pipeline.losses.rkd import RkdTerm
 from pipeline.networks.classifier import Architecture, Classifier
 from pipeline.training import fit as training
 from pipeline.training.batches import Batch, TeacherBatch
@@ -112,8 +115,8 @@ def test_shapes_are_those_for_one_image_and_nothing_is_changed():
 
 
 def test_layers_that_several_losses_look_at_are_recorded_once():
-    at = At(student_layers=["layer1", "layer2"], teacher_layers=["conv1", "layer2"], weight=1.0)
-    rkd = Rkd(student_layers=["layer2"], teacher_layers=["layer3"], distance=1.0, angle=1.0)
+    at = AtTerm.Parameters(student_layers=["layer1", "layer2"], teacher_layers=["conv1", "layer2"], weight=1.0)
+    rkd = RkdTerm.Parameters(student_layers=["layer2"], teacher_layers=["layer3"], distance=1.0, angle=1.0)
     expected = ["layer1", "layer2"], ["conv1", "layer2", "layer3"]
     assert feature_layers([at, hinton_parameters(), rkd]) == expected
 
@@ -139,15 +142,16 @@ def classifier_of_parts():
 
 
 def at(student, teacher):
-    return {"at": At(student_layers=[student], teacher_layers=[teacher], weight=1.0)}
+    return {"at": AtTerm.Parameters(student_layers=[student], teacher_layers=[teacher], weight=1.0)}
 
 
 def fitnet(student, teacher, first_stage=0.25):
-    return {"fitnet": FitNet(student_layers=[student], teacher_layers=[teacher], first_stage=first_stage)}
+    given = FitNetTerm.Parameters(student_layers=[student], teacher_layers=[teacher], first_stage=first_stage)
+    return {"fitnet": given}
 
 
 def fsp(*layers):
-    return {"fsp": Fsp(student_layers=layers[0], teacher_layers=layers[1], first_stage=0.25, weight=1.0)}
+    return {"fsp": FspTerm.Parameters(student_layers=layers[0], teacher_layers=layers[1], first_stage=0.25, weight=1.0)}
 
 
 def refusal(losses, student=None, teacher=None):
@@ -204,7 +208,7 @@ def test_layers_that_give_no_maps_are_refused(name):
 def test_what_can_be_matched_is_not_refused():
     student, teacher = training_student(), wide_teacher()
     Objective(student, fsp(["layer1", "layer2"], ["layer2", "layer3"]), teacher)  # of any size
-    rkd = Rkd(student_layers=["layer3"], teacher_layers=["linear"], distance=1.0, angle=1.0)
+    rkd = RkdTerm.Parameters(student_layers=["layer3"], teacher_layers=["linear"], distance=1.0, angle=1.0)
     batch = Batch(images=random_images(0, 6), labels=torch.arange(6) % 4)
     assert torch.isfinite(loss_of(student, {"rkd": rkd}, batch, teacher=teacher))
 
@@ -310,7 +314,7 @@ def test_losses_add_up():
     batch = TeacherBatch(
         images=random_images(1, 12), labels=torch.arange(12) % 4, teacher_logits=random_normal(2, 12, 4)
     )
-    rkd = {"rkd": Rkd(student_layers=["layer3"], teacher_layers=["layer3"], distance=2.0, angle=3.0)}
+    rkd = {"rkd": RkdTerm.Parameters(student_layers=["layer3"], teacher_layers=["layer3"], distance=2.0, angle=3.0)}
     singles = [{"hinton": hinton_parameters()}, at("layer2", "layer2"), rkd]
     plain = loss_of(student, {}, batch).item()
     together = loss_of(student, singles[0] | singles[1] | singles[2], batch, teacher=teacher).item()
@@ -343,8 +347,8 @@ class Made:
 
 
 LAYERS = ["layer1", "layer2"]
-HINTS = {"fitnet": FitNet(student_layers=LAYERS, teacher_layers=LAYERS, first_stage=0.5)}
-FLOW = {"fsp": Fsp(student_layers=LAYERS, teacher_layers=LAYERS, first_stage=0.5, weight=1.0)}
+HINTS = {"fitnet": FitNetTerm.Parameters(student_layers=LAYERS, teacher_layers=LAYERS, first_stage=0.5)}
+FLOW = {"fsp": FspTerm.Parameters(student_layers=LAYERS, teacher_layers=LAYERS, first_stage=0.5, weight=1.0)}
 
 
 @pytest.fixture
