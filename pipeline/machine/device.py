@@ -8,15 +8,11 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from pipeline.core.errors import ParameterError
 from pipeline.core.parameters import Runtime
-
-if TYPE_CHECKING:
-    pass
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 KEPT_BYTES = 1 << 30  # of memory that is free but may be needed again

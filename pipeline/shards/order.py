@@ -36,7 +36,7 @@ def plan_epoch(
     epoch: int,
     *,
     all_views: bool = False,
-    window: int = WINDOW_SHARDS,
+    window: int | None = None,
     part: int = 0,
     parts: int = 1,
 ) -> list[Window]:
@@ -50,7 +50,7 @@ def plan_epoch(
         seed: of the order.
         epoch: counted from 0.
         all_views: an epoch has every view of every image instead, V times as many rows.
-        window: shards whose rows are shuffled together.
+        window: shards whose rows are shuffled together; by default WINDOW_SHARDS.
         part, parts: which of several shares of the shards to read; each row is in one of them.
     """
     by_view = shards_by_view(manifest)
@@ -63,6 +63,6 @@ def plan_epoch(
         cycle, turn = divmod(epoch, views)
         view_of = [np.random.default_rng((seed, 1, cycle, block)).permutation(views)[turn] for block in range(blocks)]
         chosen = [by_view[view_of[block]][block] for block in generator.permutation(blocks)]
-    mine = chosen[part::parts]
+    mine, window = chosen[part::parts], window or WINDOW_SHARDS
     windows = [mine[start : start + window] for start in range(0, len(mine), window)]
     return [Window(shards, generator.permutation(sum(shard.rows for shard in shards))) for shards in windows]

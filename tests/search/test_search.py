@@ -630,7 +630,7 @@ def test_converged_samples_are_on_the_boundary_of_the_two_top_classes(case, tole
     np.testing.assert_allclose(result.margin.numpy(), margin, rtol=0, atol=1e-4)
     distance = np.sqrt(((stored.astype(np.float64) - images.numpy()) ** 2).sum((1, 2, 3)))
     np.testing.assert_allclose(result.distance.numpy(), distance, rtol=1e-4, atol=1e-6)
-    # The search aims at 0.8 of the tolerance, so rounding is not what decides whether a sample is on the boundary.
+    # The search aims at 0.95 of the tolerance, so rounding is not what decides whether a sample is on the boundary.
     on_boundary = np.tanh(np.abs(margin) / 2) <= tolerance
     top_two_classes = np.sort(np.argsort(logits, 1)[:, -2:], 1)
     pair_on_top = (top_two_classes == np.sort(np.stack([base, target], 1), 1)).all(1)
