@@ -21,7 +21,7 @@ from pipeline.images.prepared import read_prepared
 from pipeline.machine.cluster import connected
 from pipeline.machine.device import search_batch, set_up_device, side_by_side
 from pipeline.networks.loading import checked_accuracy, load_with_digest
-from pipeline.publish.card import BESIDE, PUBLISHED
+from pipeline.publish.card import CARD_FILES, DATASET_FILES
 from pipeline.search.table import search_of
 from stages.cli import EXIT_CODES, WORK, done, errors_in_one_line, params_option, path_option, say, scheduler_option
 
@@ -58,7 +58,7 @@ def main(
     loaded = load_with_digest(teacher, train, "teacher")
     device = set_up_device(params.runtime)
     dataset = SampleDataset.of(train, params, loaded, Store(WORK / "shards"))
-    check_replaceable(out, *PUBLISHED, beside=BESIDE)
+    check_replaceable(out, *DATASET_FILES, beside=CARD_FILES)
     with lock(WORK / "shards.lock", say), ExitStack() as stack:
         missing = dataset.missing()
         if missing or only_plan:

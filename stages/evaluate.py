@@ -12,7 +12,7 @@ from pipeline.core.files import atomic_directory, write_json
 from pipeline.core.hdf5 import written_hdf5
 from pipeline.core.parameters import load_params
 from pipeline.core.store import Store, lock
-from pipeline.evaluate.run import Evaluation
+from pipeline.evaluate.run import Comparisons
 from pipeline.images.prepared import read_prepared
 from pipeline.machine.device import set_up_device
 from pipeline.networks.loading import load_with_digest
@@ -38,7 +38,7 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
     begin = time.perf_counter()
     params = load_params(params_path)
     test = read_prepared(prepared / "test.h5")
-    evaluation = Evaluation(
+    evaluation = Comparisons(
         teacher=load_with_digest(teacher, test, "teacher"),
         test=test,
         images=params.evaluation.similarity_images,

@@ -51,7 +51,7 @@ def main(experiment: Path, params_path: Path, prepared: Path, teacher: Path, out
     if max(params.runtime.devices, int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ParameterError("runtime.devices: an experiment trains each run on one device; set it to 1")
     with lock(WORK / "experiment.lock", say), lock(WORK / "shards.lock", say):
-        results = ExperimentRun(wanted, params, materials, say).results()
+        results = ExperimentRun.of(wanted, params, materials, say).results()
     table = results_table(results)
     write_atomically(out / "results.json", results.model_dump_json(indent=1) + "\n")
     write_atomically(out / "table.md", table)

@@ -16,7 +16,7 @@ from pipeline.machine.device import set_up_device
 from pipeline.networks.classifier import Classifier
 from pipeline.networks.loading import load_for, load_with_digest
 from pipeline.report.charts import histogram
-from pipeline.report.content import Inputs, gather, read_curves
+from pipeline.report.content import ReportInputs, gather, read_curves
 from pipeline.report.page import plots_page, render
 from pipeline.report.scenes import maps_to_draw
 from pipeline.report.summary import (
@@ -90,7 +90,7 @@ def main(
         title = method if len(params.students) == 1 else f"{student} {method}"
         models[title] = load_for(students / f"{student}-{method}" / "seed-0.safetensors", train, "student")
     margin, distance = margins_and_distances(dataset.folder, dataset.manifest)
-    inputs = Inputs(
+    inputs = ReportInputs(
         params=params,
         teacher=teacher_record,
         students=records,

@@ -17,15 +17,15 @@ import click
 from pipeline.core.errors import ShardError, shown
 from pipeline.core.parameters import Card, load_params
 from pipeline.core.store import Store, lock
-from pipeline.publish.adopt import adopt as adopt_shards
-from pipeline.publish.card import NOTHING_STATED
-from pipeline.publish.merge import merge as merge_datasets
+from pipeline.publish.adopt import adopt_shards
+from pipeline.publish.card import EMPTY_CARD
+from pipeline.publish.merge import merge_datasets
 from pipeline.publish.parquet import export_parquet
-from pipeline.publish.sample import sample as sample_rows
+from pipeline.publish.sample import sample_rows
 from pipeline.shards.check import check_shard, find_problems
 from pipeline.shards.folder import Folder, folder_at
 from pipeline.shards.manifest import Manifest, read_manifest
-from pipeline.shards.quantiles import spread_of
+from pipeline.shards.quantiles import quantiles_of
 from stages.cli import EXIT_CODES, EXIT_FAILED, NOTHING_WRITTEN, PATH, WORK, errors_in_one_line, say
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -53,7 +53,7 @@ def card_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _card_of(params_path: Path | None) -> Card:
-    return NOTHING_STATED if params_path is None else load_params(params_path).card
+    return EMPTY_CARD if params_path is None else load_params(params_path).card
 
 
 @main.command(short_help="Check every shard against the manifest.", epilog=EXIT_CODES)
@@ -99,7 +99,7 @@ def info(directory: str) -> None:
 def _facts(folder: Folder, manifest: Manifest) -> list[tuple[str, str]]:
     for shard in manifest.shards:
         check_shard(folder, manifest, shard)
-    spread, totals = spread_of(folder, manifest, QUANTILES), manifest.totals
+    spread, totals = quantiles_of(folder, manifest, QUANTILES), manifest.totals
     if manifest.is_sample:
         rows = [("rows", f"{totals.rows}, drawn from all views")]
     else:

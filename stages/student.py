@@ -23,7 +23,7 @@ from pipeline.student.worker import SeedRun, fit_on_workers
 from pipeline.training.fit import curve_csv
 from stages.cli import EXIT_CODES, WORK, done, errors_in_one_line, params_option, path_option, say, scheduler_option
 
-PUBLISHED = "seed-*.safetensors"  # names in a student's folder
+SEED_FILES = "seed-*.safetensors"  # names in a student's folder
 
 
 @click.command(epilog=EXIT_CODES)
@@ -71,7 +71,7 @@ def main(
         raise ParameterError("--scheduler: trains each run on one device, but runtime.devices is more than 1")
     processes = Processes(params.runtime, params.training.precision)
     for student, method in chosen:
-        check_replaceable(out / f"{student}-{method}", PUBLISHED)
+        check_replaceable(out / f"{student}-{method}", SEED_FILES)
     runs = [StudentRun.of(params, *each, inputs[params.method[each[1]].source], processes, store) for each in chosen]
     with ExitStack() as stack:
         if processes.is_first:
@@ -120,7 +120,7 @@ def _fit_and_publish(run: StudentRun, out: Path, reports: Path) -> str:
     fits = run.fit_all()
     if not run.processes.is_first:
         return ""
-    with atomic_directory(out, PUBLISHED) as directory:
+    with atomic_directory(out, SEED_FILES) as directory:
         for seed, fit in enumerate(fits):
             copy_file(fit.weights, directory / f"seed-{seed}.safetensors")
     write_atomically(reports / "curves.csv", curve_csv([({"seed": n}, fit.curve) for n, fit in enumerate(fits)]))

@@ -24,7 +24,7 @@ from pipeline.machine.forks import interrupts_wait, run_in_forks
 from pipeline.networks.classifier import Classifier
 from pipeline.networks.loading import Loaded
 from pipeline.publish.adopt import stored_name
-from pipeline.publish.card import BESIDE, NOTHING_STATED, PUBLISHED, write_card
+from pipeline.publish.card import CARD_FILES, DATASET_FILES, EMPTY_CARD, write_card
 from pipeline.publish.writer import write_shard
 from pipeline.search.table import module_of, search_of
 from pipeline.search.teacher_search import TeacherSearch
@@ -184,13 +184,13 @@ class SampleDataset:
             totals=totals_of(entries, self.attack.targets),
         )
 
-    def publish(self, directory: Path, card: Card = NOTHING_STATED) -> Manifest:
+    def publish(self, directory: Path, card: Card = EMPTY_CARD) -> Manifest:
         """Gather the shards of this dataset into a directory, with its card, the manifest last; replaces what is there.
 
         Raises:
             ShardError: the store lacks a shard.
         """
-        with atomic_directory(directory, *PUBLISHED, beside=BESIDE) as temporary:
+        with atomic_directory(directory, *DATASET_FILES, beside=CARD_FILES) as temporary:
             entries = _side_by_side(partial(self._publish_one, temporary), self.blocks)
             manifest = self.manifest(entries)
             write_card(temporary, manifest, card)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class ShardJob:
     """What a worker needs to make any shard of a dataset."""
 
     params: str
@@ -49,7 +49,7 @@ def make_on_workers(
     say: Callable[[str], None],
 ) -> Iterator[Block]:
     """Make shards as `SampleDataset.make` does, on the workers of a cluster: the same bytes, in any order."""
-    job = Job(
+    job = ShardJob(
         params=params.model_dump_json(),
         train=train.absolute(),
         teacher=teacher.absolute(),
@@ -59,7 +59,7 @@ def make_on_workers(
     yield from on_workers(client, partial(make_shard, job), blocks, say)
 
 
-def make_shard(job: Job, block: Block) -> Block:
+def make_shard(job: ShardJob, block: Block) -> Block:
     """Make one shard, on a worker.
 
     Raises:
@@ -72,7 +72,7 @@ def make_shard(job: Job, block: Block) -> Block:
 
 
 @lru_cache(maxsize=1)
-def _loaded(job: Job) -> tuple[SampleDataset, TeacherSearch]:
+def _loaded(job: ShardJob) -> tuple[SampleDataset, TeacherSearch]:
     """Load what makes shards, once for each worker process."""
     params = check_params(json.loads(job.params), "the client's parameters")
     device = set_up_device(params.runtime)

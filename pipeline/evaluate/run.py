@@ -59,7 +59,7 @@ class Compared(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
+class Comparisons:
     """Comparisons of students with one teacher on one split."""
 
     teacher: Loaded

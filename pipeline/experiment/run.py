@@ -13,15 +13,15 @@ from pipeline.core.errors import TrainingError
 from pipeline.core.parameters import Params
 from pipeline.core.status import Status
 from pipeline.core.store import Store, lock
-from pipeline.evaluate.run import Evaluation
+from pipeline.evaluate.run import Comparisons
 from pipeline.experiment.results import Cell, Cost, Labels, Results, Run
 from pipeline.experiment.spec import Experiment, Variant, check_comparisons, labels_of, variants
 from pipeline.images.prepared import Prepared
 from pipeline.machine.processes import Processes
-from pipeline.networks.loading import load_with_digest
+from pipeline.networks.loading import Loaded, load_with_digest
 from pipeline.prepare.splits import part_by_class
 from pipeline.shards.reader import BoundaryShards
-from pipeline.student.inputs import Inputs
+from pipeline.student.inputs import StudentInputs
 from pipeline.student.run import StudentRun
 from pipeline.training.fit import Fit
 from pipeline.training.term import statuses_of
@@ -50,28 +50,41 @@ class CellFits:
     cost: Cost | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExperimentRun:
-    """One experiment on one dataset and teacher.
+    """One experiment on one dataset and teacher."""
 
-    Args:
-        experiment: what varies.
-        params: all parameters, which the experiment's are laid over.
-        materials: what the runs share.
-        say: is told of waits for another process.
+    experiment: Experiment
+    variants: list[Variant]
+    params: Params
+    """All parameters, which the experiment's are laid over."""
+    materials: Materials
+    """What the runs share."""
+    teacher: Loaded
+    processes: Processes
+    say: Callable[[str], None]
+    """Is told of waits for another process."""
 
-    Raises:
-        ParameterError: the experiment varies something that cannot be, or to a bad value.
-    """
+    @classmethod
+    def of(
+        cls, experiment: Experiment, params: Params, materials: Materials, say: Callable[[str], None]
+    ) -> ExperimentRun:
+        """Check what varies, and read the teacher.
 
-    def __init__(
-        self, experiment: Experiment, params: Params, materials: Materials, say: Callable[[str], None]
-    ) -> None:
-        self.experiment, self.params, self.materials, self.say = experiment, params, materials, say
-        self.variants = list(variants(experiment, params))
-        check_comparisons(experiment, [labels for variant in self.variants for labels in labels_of(variant)])
-        self.processes = Processes(params.runtime, params.training.precision)
-        self.device = self.processes.device
-        self.teacher = load_with_digest(materials.teacher, materials.train, "teacher")
+        Raises:
+            ParameterError: the experiment varies something that cannot be, or to a bad value.
+        """
+        combinations = list(variants(experiment, params))
+        check_comparisons(experiment, [labels for variant in combinations for labels in labels_of(variant)])
+        return cls(
+            experiment=experiment,
+            variants=combinations,
+            params=params,
+            materials=materials,
+            teacher=load_with_digest(materials.teacher, materials.train, "teacher"),
+            processes=Processes(params.runtime, params.training.precision),
+            say=say,
+        )
 
     def results(self) -> Results:
         """Make what is missing, and gather it."""
@@ -90,7 +103,7 @@ class ExperimentRun:
             train = part_by_class(self.materials.train, variant.train_fraction, self.params.dataset.seed + draw)
             attack = variant.params.attack.model_copy(update={"seed": variant.params.attack.seed + draw})
             params = variant.params.model_copy(update={"attack": attack})
-            inputs, cost = Inputs(train, self.materials.validation, None, self.materials.teacher), None
+            inputs, cost = StudentInputs(train, self.materials.validation, None, self.materials.teacher), None
             if any(methods[method].source == "shards" for _, method in cells):
                 shards, cost = self._samples(params, train)
                 inputs = inputs._replace(shards=shards)
@@ -130,12 +143,12 @@ class ExperimentRun:
 
     def _evaluated(self, cells: list[CellFits]) -> Results:
         test, work = self.materials.test, self.materials.work
-        evaluation = Evaluation(
+        evaluation = Comparisons(
             teacher=self.teacher,
             test=test,
             images=self.params.evaluation.similarity_images,
             runtime=self.params.runtime,
-            device=self.device,
+            device=self.processes.device,
             store=Store(work / "comparisons"),
         )
         compared = evaluation.compare_all([fit.weights for cell in cells for draw in cell.fits for fit in draw])

@@ -20,7 +20,7 @@ from pipeline.core.provenance import fingerprint
 SPLITS = ("train", "validation", "test")
 BLOCK_BYTES = 1 << 22  # of images in memory at a time while files are written
 HEADER_BYTES = 1 << 16  # more than HDF5 needs around images and labels
-FACTS = ("class_names", "mean", "std", "digest")  # attributes of a prepared file
+ATTRIBUTES = ("class_names", "mean", "std", "digest")  # attributes of a prepared file
 
 Images = NDArray[np.uint8]
 """(N, C, H, W)."""
@@ -105,7 +105,7 @@ def write_prepared(path: Path, split: Prepared, blocks: Iterable[Images] | None 
             space = h5py.h5s.create_simple(split.images.shape)
             offset = h5py.h5d.create(file.id, b"image", h5py.h5t.STD_U8LE, space, layout).get_offset()
             file.create_dataset("label", data=split.labels)
-            facts = {name: getattr(split, name) for name in FACTS}
+            facts = {name: getattr(split, name) for name in ATTRIBUTES}
             for name, value in {**facts, "facts_digest": fingerprint(facts)}.items():
                 file.attrs[name] = json.dumps(value)
         with open(temporary, "r+b") as stream:
@@ -125,7 +125,7 @@ def read_prepared(path: Path) -> Prepared:
         raise DataError(f"{path}: no such prepared file; make it with: python -m stages.prepare")
     try:
         with h5py.File(path, "r") as file:
-            facts = {name: json.loads(file.attrs[name]) for name in FACTS}
+            facts = {name: json.loads(file.attrs[name]) for name in ATTRIBUTES}
             facts_digest = json.loads(file.attrs["facts_digest"])
             images, labels = _mapped(path, file["image"]), file["label"][:]
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:

@@ -45,7 +45,7 @@ class Part(NamedTuple):
         return Part(self.labels[rows], lambda row: self.image(int(rows[row])), lambda row: self.name(int(rows[row])))
 
 
-class Source(NamedTuple):
+class RawDataset(NamedTuple):
     """A dataset as it comes: `train`, and `validation` and `test` where it has parts of that name."""
 
     class_names: tuple[str, ...]
@@ -55,7 +55,7 @@ class Source(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_dataset(dataset: Dataset, scratch: Path) -> Iterator[Source]:
+def open_dataset(dataset: Dataset, scratch: Path) -> Iterator[RawDataset]:
     """Open a dataset by name; torchvision's are downloaded to `dataset.path` when they are not there.
 
     Args:
@@ -78,17 +78,17 @@ def open_dataset(dataset: Dataset, scratch: Path) -> Iterator[Source]:
         yield _from_torchvision(dataset.name, path)
 
 
-def _digits() -> Source:
+def _digits() -> RawDataset:
     """Return the 1,797 handwritten digits (8x8, gray) that come with scikit-learn."""
     from sklearn.datasets import load_digits  # imported here: slow, and no other dataset needs it
 
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # the originals have 17 levels
     part = Part(digits.target.astype(np.int64), lambda row: Image.fromarray(pixels[row]), "image {}".format)
-    return Source(tuple(map(str, digits.target_names)), {"train": part})
+    return RawDataset(tuple(map(str, digits.target_names)), {"train": part})
 
 
-def _spirals(seed: int) -> Source:
+def _spirals(seed: int) -> RawDataset:
     """Return 3,000 points of three spiral arms, as gray images of two pixels: across and up, the middle at mid-grey."""
     generator = np.random.default_rng(seed)
     label = np.arange(3000) % 3
@@ -98,10 +98,10 @@ def _spirals(seed: int) -> Source:
     points += generator.normal(0, SPIRALS_NOISE, points.shape)
     pixels = np.rint(255 * (0.5 + 0.4 * points.clip(-1.25, 1.25))).astype(np.uint8)[:, None]
     part = Part(label.astype(np.int64), lambda row: Image.fromarray(pixels[row]), "point {}".format)
-    return Source(("0", "1", "2"), {"train": part})
+    return RawDataset(("0", "1", "2"), {"train": part})
 
 
-def _image_folder(path: Path, names: list[str], image: Callable[[str], Image.Image]) -> Source:
+def _image_folder(path: Path, names: list[str], image: Callable[[str], Image.Image]) -> RawDataset:
     """Return images in class folders, below `train`, `test` and `validation` (or `val`) where there are such."""
     split_names = [tuple(name.split("/")) for name in names]
     while split_names and len({parts[0] for parts in split_names}) == 1 and _is_wrapper(split_names):
@@ -133,7 +133,7 @@ def _image_folder(path: Path, names: list[str], image: Callable[[str], Image.Ima
         return Part(labels, lambda row: image(entries[row][1]), lambda row: f"{path}: {entries[row][1]}")
 
     notes = [f"left out: {count} images in {folder}, which is no class folder" for folder, count in left_out.items()]
-    return Source(class_names, {part: part_of(entries) for part, entries in by_part.items()}, notes)
+    return RawDataset(class_names, {part: part_of(entries) for part, entries in by_part.items()}, notes)
 
 
 def _is_wrapper(split_names: Sequence[tuple[str, ...]]) -> bool:
@@ -150,13 +150,13 @@ TORCHVISION = {
 }
 
 
-def _from_torchvision(name: str, root: Path) -> Source:
+def _from_torchvision(name: str, root: Path) -> RawDataset:
     from torchvision import datasets  # imported here: slow, and only these datasets need it
 
     loader = getattr(datasets, TORCHVISION[name])
     loaded = {part: _loaded(loader, root, part) for part in ("train", "test")}
     class_names = getattr(loaded["train"], "classes", map(str, range(10)))
-    return Source(tuple(class_names), {part: _torchvision_part(part, dataset) for part, dataset in loaded.items()})
+    return RawDataset(tuple(class_names), {part: _torchvision_part(part, dataset) for part, dataset in loaded.items()})
 
 
 def _loaded(loader: Any, root: Path, part: str) -> Any:

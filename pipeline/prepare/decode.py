@@ -26,7 +26,7 @@ from pipeline.images.prepared import (
     rows_at_a_time,
     write_prepared,
 )
-from pipeline.prepare.datasets import Part, Source
+from pipeline.prepare.datasets import Part, RawDataset
 from pipeline.prepare.splits import _check_all_classes, channel_statistics, split
 
 ROWS_OF_A_TASK = 64  # at most; decoded by one thread at a time
@@ -45,7 +45,7 @@ class Written(NamedTuple):
     """What is wrong with each image that was left out."""
 
 
-def prepare(source: Source, dataset: Dataset, directory: Path, threads: int | None = None) -> Written:
+def prepare(source: RawDataset, dataset: Dataset, directory: Path, threads: int | None = None) -> Written:
     """Decode a dataset and write train.h5, validation.h5 and test.h5; the statistics come from train alone.
 
     A few megabytes of images for each thread are in memory at a time.

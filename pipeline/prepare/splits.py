@@ -15,7 +15,7 @@ from pipeline.images.prepared import (
     check_labels,
     content_digest,
 )
-from pipeline.prepare.datasets import Part, Source
+from pipeline.prepare.datasets import Part, RawDataset
 
 
 def split_by_class(labels: NDArray[np.int64], fraction: float, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -58,7 +58,7 @@ def part_by_class(train: Prepared, fraction: float, seed: int) -> Prepared:
     return Prepared(images, labels, train.class_names, mean, std, digest)
 
 
-def split(source: Source, dataset: Dataset) -> dict[str, Part]:
+def split(source: RawDataset, dataset: Dataset) -> dict[str, Part]:
     """Return the train, validation and test parts, split off the training part where the dataset has none.
 
     Raises:

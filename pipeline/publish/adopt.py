@@ -16,7 +16,7 @@ def stored_name(fingerprint: str, view: int, block: int) -> str:
     return f"{fingerprint}/{shard_name(view, block)}"
 
 
-def adopt(directory: Path, manifest: Manifest, store: Store) -> int:
+def adopt_shards(directory: Path, manifest: Manifest, store: Store) -> int:
     """Take the shards of a dataset into the store, so that later runs build on them; returns how many were new.
 
     Raises:

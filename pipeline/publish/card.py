@@ -19,17 +19,17 @@ from pipeline.publish.croissant import croissant_text
 from pipeline.shards.format import MANIFEST, SHARD_FILES
 from pipeline.shards.manifest import Manifest, columns_in_order
 from pipeline.shards.order import shards_in_order
-from pipeline.shards.quantiles import Spread, spread_of
+from pipeline.shards.quantiles import Quantiles, quantiles_of
 
 README = "README.md"
 CROISSANT = "croissant.json"
-PUBLISHED, BESIDE = (SHARD_FILES, MANIFEST), (README, CROISSANT)  # names in a directory of shards
+DATASET_FILES, CARD_FILES = (SHARD_FILES, MANIFEST), (README, CROISSANT)  # names in a directory of shards
 
-NOTHING_STATED = Card(title=None, licence=None, source=None, terms=None, url=None)
+EMPTY_CARD = Card(title=None, licence=None, source=None, terms=None, url=None)
 TITLE = "Boundary-supporting samples"
 TAGS = ["knowledge-distillation", "decision-boundary", "adversarial-examples", "hdf5"]
 # Parameters of a dataset that was made from finished ones.
-AFTERWARDS = {
+HOW_COMBINED = {
     "merged": " The views of several datasets, listed under `merged`, were then put together.",
     "sample": " It is a preview: `sample` says how many rows of a whole dataset, and which one.",
 }
@@ -56,7 +56,7 @@ CITATION = """@inproceedings{heo2019knowledge,
 }"""
 
 
-def write_card(directory: Path, manifest: Manifest, card: Card = NOTHING_STATED) -> None:
+def write_card(directory: Path, manifest: Manifest, card: Card = EMPTY_CARD) -> None:
     """Write README.md and croissant.json into a directory of shards; call it before the manifest is written there.
 
     Args:
@@ -68,11 +68,11 @@ def write_card(directory: Path, manifest: Manifest, card: Card = NOTHING_STATED)
         ShardError: a shard is missing, unreadable or another one.
         StoreError: a file cannot be written.
     """
-    write_atomically(directory / README, readme_text(manifest, card, spread_of(directory, manifest, QUANTILES)))
+    write_atomically(directory / README, readme_text(manifest, card, quantiles_of(directory, manifest, QUANTILES)))
     write_atomically(directory / CROISSANT, croissant_card(manifest, card))
 
 
-def readme_text(manifest: Manifest, card: Card, spread: Spread | None) -> str:
+def readme_text(manifest: Manifest, card: Card, spread: Quantiles | None) -> str:
     """Return the card for people: Markdown, under metadata as the Hugging Face hub reads them.
 
     Args:
@@ -97,7 +97,7 @@ def readme_text(manifest: Manifest, card: Card, spread: Spread | None) -> str:
         metadata=_metadata(manifest, card),
         title=card.title or TITLE,
         summary=_summary(manifest),
-        afterwards="".join(text for name, text in AFTERWARDS.items() if manifest.parameters.get(name) is not None),
+        afterwards="".join(text for name, text in HOW_COMBINED.items() if manifest.parameters.get(name) is not None),
         parameters=json.dumps(manifest.parameters, indent=2, sort_keys=True),
         origin=_origin(manifest),
         columns=_columns(manifest),
@@ -198,7 +198,7 @@ def _statuses(manifest: Manifest) -> str:
     return markdown_table(("status", "samples", "share"), rows)
 
 
-def _quantiles(spread: Spread) -> str:
+def _quantiles(spread: Quantiles) -> str:
     rows = [
         ("probability margin tanh(abs(m) / 2)", *(f"{value:.3g}" for value in spread.probability_margin)),
         ("distance, L2, pixels in [0, 1]", *(f"{value:.3g}" for value in spread.distance)),

@@ -17,7 +17,7 @@ from pipeline.core.files import atomic_directory
 from pipeline.core.parameters import Card
 from pipeline.core.provenance import fingerprint
 from pipeline.core.text import leaves
-from pipeline.publish.card import BESIDE, NOTHING_STATED, PUBLISHED
+from pipeline.publish.card import CARD_FILES, DATASET_FILES, EMPTY_CARD
 from pipeline.publish.rewrite import Origin, WholeDataset, check_out, finish, read_shard, read_whole, write_block
 from pipeline.shards.check import check_shard
 from pipeline.shards.format import FORMAT_VERSION, MANIFEST
@@ -25,7 +25,7 @@ from pipeline.shards.manifest import Manifest
 from pipeline.shards.order import shards_in_order
 
 NOT_SHARED = {"fingerprint", "views", "shards", "totals"}  # fields of a manifest in which merged datasets may differ
-LONGEST_VALUE = 100  # characters of a value in an error
+LONGEST_VALUE_SHOWN = 100  # characters of a value in an error
 
 
 class _View(NamedTuple):
@@ -38,7 +38,7 @@ class _View(NamedTuple):
     view: int
 
 
-def merge(directories: Sequence[Path], out: Path, card: Card = NOTHING_STATED) -> Manifest:
+def merge_datasets(directories: Sequence[Path], out: Path, card: Card = EMPTY_CARD) -> Manifest:
     """Put the views of several datasets of the same teacher, data and parameters into one.
 
     Only the seed of the views may differ. Views are numbered anew in the order given; one that is there twice (the same
@@ -71,7 +71,7 @@ def merge(directories: Sequence[Path], out: Path, card: Card = NOTHING_STATED) -
         for shard in dataset.manifest.shards:
             check_shard(dataset.directory, dataset.manifest, shard)
     manifest = _merged_manifest(datasets, views)
-    with atomic_directory(out, *PUBLISHED, beside=BESIDE) as temporary:
+    with atomic_directory(out, *DATASET_FILES, beside=CARD_FILES) as temporary:
         shards = [
             write_block(temporary, manifest, read_shard(view.dataset, shard), number, shard.block)
             for number, view in enumerate(views)
@@ -86,8 +86,8 @@ def _check_fits(first: WholeDataset, other: WholeDataset) -> None:
     for name in ours | theirs:
         if (our := _text(ours, name)) != (their := _text(theirs, name)):
             raise ShardError(
-                f"{other.directory}: {shown(name)} is {shown(their, LONGEST_VALUE)}, but "
-                f"{shown(our, LONGEST_VALUE)} in {first.directory}: only views of the same teacher, data and "
+                f"{other.directory}: {shown(name)} is {shown(their, LONGEST_VALUE_SHOWN)}, but "
+                f"{shown(our, LONGEST_VALUE_SHOWN)} in {first.directory}: only views of the same teacher, data and "
                 "parameters can be merged"
             )
 

@@ -13,7 +13,7 @@ from pipeline.core.errors import ShardError
 from pipeline.core.files import check_apart, check_replaceable, file_digest, write_atomically
 from pipeline.core.parameters import Card
 from pipeline.core.text import first_problem
-from pipeline.publish.card import BESIDE, PUBLISHED, write_card
+from pipeline.publish.card import CARD_FILES, DATASET_FILES, write_card
 from pipeline.publish.writer import write_shard
 from pipeline.shards.file import read_columns
 from pipeline.shards.format import MANIFEST, attributes_of, count_statuses, shard_name
@@ -65,7 +65,7 @@ def check_out(out: Path, directories: Sequence[Path]) -> None:
     Raises:
         StoreError: names path and reason.
     """
-    check_replaceable(out, *PUBLISHED, beside=BESIDE)
+    check_replaceable(out, *DATASET_FILES, beside=CARD_FILES)
     check_apart(out, directories)
 
 

@@ -12,7 +12,7 @@ from pipeline.core.errors import ParameterError
 from pipeline.core.files import atomic_directory
 from pipeline.core.parameters import Card
 from pipeline.core.provenance import fingerprint
-from pipeline.publish.card import BESIDE, NOTHING_STATED, PUBLISHED
+from pipeline.publish.card import CARD_FILES, DATASET_FILES, EMPTY_CARD
 from pipeline.publish.rewrite import Columns, WholeDataset, check_out, finish, read_shard, read_whole, write_block
 from pipeline.shards.check import check_shard
 from pipeline.shards.format import FORMAT_VERSION
@@ -20,7 +20,7 @@ from pipeline.shards.manifest import Manifest
 from pipeline.shards.order import shards_in_order
 
 
-def sample(directory: Path, rows: int, seed: int, out: Path, card: Card = NOTHING_STATED) -> Manifest:
+def sample_rows(directory: Path, rows: int, seed: int, out: Path, card: Card = EMPTY_CARD) -> Manifest:
     """Draw rows of all views of a dataset, without replacement, as a small dataset of one view.
 
     Rows come in the order of the dataset, with all columns as they were (`index` too), in blocks as large as the
@@ -47,7 +47,7 @@ def sample(directory: Path, rows: int, seed: int, out: Path, card: Card = NOTHIN
         raise ParameterError(f"--seed: expected 0 or more, got {seed}")
     drawn = np.sort(np.random.default_rng(seed).choice(total, rows, replace=False))
     manifest = _sample_manifest(dataset, drawn, seed)
-    with atomic_directory(out, *PUBLISHED, beside=BESIDE) as temporary:
+    with atomic_directory(out, *DATASET_FILES, beside=CARD_FILES) as temporary:
         blocks = enumerate(_blocks_of(dataset, drawn))
         shards = [write_block(temporary, manifest, values, 0, block) for block, values in blocks]
         return finish(temporary, manifest, shards, card)

@@ -40,7 +40,7 @@ NO_MAPS = "None: no image has samples towards two classes."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
+class ReportInputs:
     """What a report is made from."""
 
     params: Params
@@ -78,7 +78,7 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: cannot be read ({error}); make it with: python -m stages.student --all") from None
 
 
-def gather(inputs: Inputs, progress: Callable[[], Any]) -> Content:
+def gather(inputs: ReportInputs, progress: Callable[[], Any]) -> Content:
     """Return everything on the page.
 
     Args:
@@ -110,7 +110,7 @@ def gather(inputs: Inputs, progress: Callable[[], Any]) -> Content:
     )
 
 
-def _compared(inputs: Inputs) -> str:
+def _compared(inputs: ReportInputs) -> str:
     params, manifest = inputs.params, inputs.shards.manifest
     return (
         f"{', '.join(params.students)} distilled from {params.teacher.network} "
@@ -155,7 +155,7 @@ def _runs(students: Students, student: str) -> list[dict[str, Any]]:
     ]
 
 
-def _accuracy(inputs: Inputs) -> Charts:
+def _accuracy(inputs: ReportInputs) -> Charts:
     methods = inputs.params.methods
     drawn = [
         Chart(student, charts.accuracy_chart(_runs(inputs.students, student), methods))
@@ -164,7 +164,7 @@ def _accuracy(inputs: Inputs) -> Charts:
     return Charts(charts=drawn)
 
 
-def _views(inputs: Inputs) -> Charts:
+def _views(inputs: ReportInputs) -> Charts:
     if inputs.views is None:
         note = (
             "Not measured for these parameters: `make experiment-views` trains with 1 to 16 views, and `python -m "
@@ -181,7 +181,7 @@ def _views(inputs: Inputs) -> Charts:
     )
 
 
-def _curves(inputs: Inputs) -> Charts:
+def _curves(inputs: ReportInputs) -> Charts:
     found = []
     for student in inputs.params.students:
         rows = [
@@ -195,7 +195,7 @@ def _curves(inputs: Inputs) -> Charts:
     return Charts(charts=found, note=CURVES_NOTE if found else NO_CURVES)
 
 
-def _similarity(inputs: Inputs) -> Charts:
+def _similarity(inputs: ReportInputs) -> Charts:
     drawn = []
     for student in inputs.params.students:
         rows = _runs(inputs.students, student)
@@ -212,7 +212,7 @@ def _similarity(inputs: Inputs) -> Charts:
     return Charts(charts=drawn, note=note + ("." if pairs >= FEWEST_PAIRS else ": too few to say anything."))
 
 
-def _dataset(inputs: Inputs) -> Charts:
+def _dataset(inputs: ReportInputs) -> Charts:
     totals, tolerance = inputs.shards.manifest.totals, inputs.params.search.tolerance
     statuses = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in totals.statuses.items() if count)
     note = (

@@ -47,7 +47,7 @@ Curves = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
 """By (student, method), rows of seed, epoch and validation_accuracy; none without a validation split."""
 
 MEASURES = ("accuracy", "agreement", "teacher_divergence", "mag_sim", "ang_sim", "mag_sim_common", "ang_sim_common")
-SHOWN = {"accuracy": "accuracy", "MagSim": "mag_sim_common", "AngSim": "ang_sim_common"}
+METRICS = {"accuracy": "accuracy", "MagSim": "mag_sim_common", "AngSim": "ang_sim_common"}
 TABLE = {
     "accuracy": ("Accuracy, %", 100),
     "agreement": ("Agreement with teacher, %", 100),
@@ -96,7 +96,7 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {"teacher": {"accuracy": round(summary["teacher"]["accuracy"], 4)}}
     for student, methods in summary["students"].items():
         for method, figures in methods.items():
-            means = {name: figures[measure]["mean"] for name, measure in SHOWN.items()}
+            means = {name: figures[measure]["mean"] for name, measure in METRICS.items()}
             known = {name: round(mean, 4) for name, mean in means.items() if mean is not None}
             shown.setdefault(student, {})[method] = known
     return shown

@@ -17,14 +17,14 @@ from pipeline.shards.manifest import Manifest, ShardEntry
 from pipeline.shards.order import shards_in_order
 
 
-class Spread(NamedTuple):
+class Quantiles(NamedTuple):
     """Quantiles over the converged samples, in the order asked for."""
 
     probability_margin: list[float]
     distance: list[float]
 
 
-def spread_of(directory: Path | Folder, manifest: Manifest, quantiles: Sequence[float]) -> Spread | None:
+def quantiles_of(directory: Path | Folder, manifest: Manifest, quantiles: Sequence[float]) -> Quantiles | None:
     """Return quantiles of probability margin tanh(|m| / 2) and L2 distance of converged samples; None without any.
 
     Reads three small columns of one shard at a time, and keeps 8 bytes of every converged sample in memory.
@@ -35,13 +35,13 @@ def spread_of(directory: Path | Folder, manifest: Manifest, quantiles: Sequence[
     margin, distance = margins_and_distances(directory, manifest)
     if not len(margin):
         return None
-    return Spread(np.quantile(margin, quantiles).tolist(), np.quantile(distance, quantiles).tolist())
+    return Quantiles(np.quantile(margin, quantiles).tolist(), np.quantile(distance, quantiles).tolist())
 
 
 def margins_and_distances(
     directory: Path | Folder, manifest: Manifest
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return probability margins and L2 distances (n,) of converged samples; memory and errors as of `spread_of`."""
+    """Return probability margins and L2 distances (n,) of converged samples; memory and errors as of `quantiles_of`."""
     folder = as_folder(directory)
     found = [_converged(folder, manifest, shard) for shard in shards_in_order(manifest)]
     margin, distance = (np.concatenate(values).astype(np.float64) for values in zip(*found, strict=True))

@@ -10,7 +10,7 @@ from pipeline.images.prepared import Prepared, read_prepared, read_validation
 from pipeline.shards.reader import BoundaryShards
 
 
-class Inputs(NamedTuple):
+class StudentInputs(NamedTuple):
     """What students can be trained from; a method needs some of it."""
 
     train: Prepared | None
@@ -33,7 +33,7 @@ class InputPaths(NamedTuple):
     def absolute(self) -> InputPaths:
         return InputPaths(*(path.absolute() for path in self))
 
-    def read(self, source: str) -> Inputs:
+    def read(self, source: str) -> StudentInputs:
         """Return what methods with a source ('fresh', 'shards' or 'online') need, and prepared splits that are there.
 
         Raises:
@@ -46,7 +46,7 @@ class InputPaths(NamedTuple):
                 f"{train}: no such prepared file, and methods with source '{source}' train on its images: make it with "
                 "python -m stages.prepare, or take a method with source 'shards', which needs the sample dataset alone"
             )
-        return Inputs(
+        return StudentInputs(
             train=read_prepared(train) if needed or train.exists() else None,
             validation=read_validation(validation) if needed or validation.exists() else None,
             shards=BoundaryShards(self.shards) if source == "shards" else None,

@@ -26,7 +26,7 @@ from pipeline.networks.weights import load_weights
 from pipeline.search.table import module_of, search_of
 from pipeline.shards.manifest import manifest_digest
 from pipeline.shards.reader import BoundaryShards
-from pipeline.student.inputs import Inputs
+from pipeline.student.inputs import StudentInputs
 from pipeline.student.online_source import OnlineSource
 from pipeline.student.shard_source import ShardSource
 from pipeline.training.batches import FreshSource, Source
@@ -75,7 +75,7 @@ class StudentRun:
     architecture: Architecture
     teacher: Loaded | None
     """Where the method reads the teacher itself."""
-    inputs: Inputs
+    inputs: StudentInputs
     reads: dict[str, Any]
     """What a fit follows from, beside architecture and seed: parameters, and digests of inputs and code."""
     processes: Processes
@@ -85,7 +85,7 @@ class StudentRun:
 
     @classmethod
     def of(
-        cls, params: Params, student: str, method: str, inputs: Inputs, processes: Processes, store: Store
+        cls, params: Params, student: str, method: str, inputs: StudentInputs, processes: Processes, store: Store
     ) -> StudentRun:
         """Put together what a student's fits need, and check that it fits, before any training.
 
@@ -215,7 +215,7 @@ def _needed(value: Needed | None, name: str, method: Method, what: str) -> Neede
     return value
 
 
-def _architecture_of(student: str, name: str, method: Method, inputs: Inputs) -> Architecture:
+def _architecture_of(student: str, name: str, method: Method, inputs: StudentInputs) -> Architecture:
     """Return the student's architecture, for the images of the source."""
     if method.source != "shards":
         return architecture_for(student, _needed(inputs.train, name, method, "prepared training data"))
@@ -224,7 +224,7 @@ def _architecture_of(student: str, name: str, method: Method, inputs: Inputs) ->
     return Architecture(student, classes, manifest.image_shape, tuple(manifest.mean), tuple(manifest.std))
 
 
-def _teacher_of(name: str, method: Method, inputs: Inputs) -> Loaded | None:
+def _teacher_of(name: str, method: Method, inputs: StudentInputs) -> Loaded | None:
     """Read the teacher itself, for its features or its search; None where its logits in the shards are enough."""
     if method.source == "online":
         train = _needed(inputs.train, name, method, "prepared training data")
@@ -255,7 +255,7 @@ def _teacher_of_shards(name: str, shards: BoundaryShards, path: Path) -> Loaded:
 
 
 def _reads_of(
-    params: Params, method: Method, architecture: Architecture, teacher: Loaded | None, inputs: Inputs
+    params: Params, method: Method, architecture: Architecture, teacher: Loaded | None, inputs: StudentInputs
 ) -> dict[str, Any]:
     """Return all that a fit follows from, beside architecture and seed."""
     network = None if teacher is None else teacher.model.architecture.network

@@ -16,14 +16,14 @@ from pipeline.core.store import Store
 from pipeline.machine.cluster import on_workers
 from pipeline.machine.device import set_up_device
 from pipeline.machine.processes import Processes
-from pipeline.student.inputs import InputPaths, Inputs
+from pipeline.student.inputs import InputPaths, StudentInputs
 from pipeline.student.run import StudentRun, threads_each
 
 if TYPE_CHECKING:
     from distributed import Client
 
 
-class Job(NamedTuple):
+class FitJob(NamedTuple):
     """What a worker needs to train any student."""
 
     params: str
@@ -54,7 +54,7 @@ def fit_on_workers(
     say: Callable[[str], None],
 ) -> Iterator[SeedRun]:
     """Train with workers until every run is finished in the store: each as in a process of its own, in any order."""
-    job = Job(
+    job = FitJob(
         params.model_dump_json(),
         inputs.absolute(),
         store.root.absolute(),
@@ -63,7 +63,7 @@ def fit_on_workers(
     yield from on_workers(client, partial(fit_one, job), runs, say)
 
 
-def fit_one(job: Job, wanted: SeedRun) -> SeedRun:
+def fit_one(job: FitJob, wanted: SeedRun) -> SeedRun:
     """Train one student with one seed, on a worker.
 
     Raises:
@@ -84,7 +84,7 @@ def fit_one(job: Job, wanted: SeedRun) -> SeedRun:
 
 
 @lru_cache(maxsize=1)
-def _run(job: Job, student: str, method: str) -> StudentRun:
+def _run(job: FitJob, student: str, method: str) -> StudentRun:
     """Put a run together; shards are loaded once for all seeds in a row."""
     params = _params(job)
     processes = Processes(params.runtime, params.training.precision)
@@ -93,10 +93,10 @@ def _run(job: Job, student: str, method: str) -> StudentRun:
 
 
 @lru_cache(maxsize=3)
-def _inputs(job: Job, source: str) -> Inputs:
+def _inputs(job: FitJob, source: str) -> StudentInputs:
     return job.inputs.read(source)
 
 
-def _params(job: Job) -> Params:
+def _params(job: FitJob) -> Params:
     params = check_params(json.loads(job.params), "the client's parameters")
     return params.model_copy(update={"runtime": params.runtime.model_copy(update={"threads": job.threads})})

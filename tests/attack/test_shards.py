@@ -22,7 +22,7 @@ from pipeline.core.status import Status
 from pipeline.core.store import Store
 from pipeline.images.views import apply_views
 from pipeline.networks.weights import save_weights
-from pipeline.publish.adopt import adopt
+from pipeline.publish.adopt import adopt_shards
 from pipeline.publish.writer import write_shard
 from pipeline.shards.check import find_problems
 from pipeline.shards.file import read_columns
@@ -654,9 +654,9 @@ def test_adopted_shards_need_not_be_made(tmp_path, made, train):
     dataset = dataset_in(tmp_path, train)
     manifest = read_manifest(made / "bss")
     assert len(dataset.missing()) == 6
-    assert adopt(made / "bss", manifest, dataset.store) == 6
+    assert adopt_shards(made / "bss", manifest, dataset.store) == 6
     assert dataset.missing() == []
-    assert adopt(made / "bss", manifest, dataset.store) == 0
+    assert adopt_shards(made / "bss", manifest, dataset.store) == 0
     dataset.publish(tmp_path / "bss")
     assert published(tmp_path) == published(made)
 
@@ -666,7 +666,7 @@ def test_a_damaged_directory_is_not_adopted(copy):
     store = Store(copy / "other")
     manifest = read_manifest(copy / "bss")
     with pytest.raises(ShardError, match=NAME):
-        adopt(copy / "bss", manifest, store)
+        adopt_shards(copy / "bss", manifest, store)
     assert store.find(f"{manifest.fingerprint}/{NAME}") is None
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.core.errors import DataError
 from pipeline.images.prepared import read_prepared
-from pipeline.prepare.datasets import Part, Source, open_dataset
+from pipeline.prepare.datasets import Part, RawDataset, open_dataset
 from pipeline.prepare.decode import prepare, to_array
 from pipeline.prepare.splits import channel_statistics, split, split_by_class
 from tests.support.files import CLASS_NAMES, finish, start_stage, tiny_images, write_params
@@ -31,7 +31,7 @@ def part_of(images, labels, name="image {}"):
 
 def source_of(images, labels, class_names=CLASS_NAMES, **others):
     parts = {name: part_of(*arrays) for name, arrays in others.items()}
-    return Source(class_names, {"train": part_of(images, labels)} | parts)
+    return RawDataset(class_names, {"train": part_of(images, labels)} | parts)
 
 
 def prepared(tmp_path, source, threads=2, **changes):

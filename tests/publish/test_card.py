@@ -18,7 +18,7 @@ from pipeline.core.parameters import Card, check_params
 from pipeline.core.status import Status
 from pipeline.publish.card import (
     CROISSANT,
-    NOTHING_STATED,
+    EMPTY_CARD,
     QUANTILES,
     README,
     SIZES,
@@ -26,12 +26,12 @@ from pipeline.publish.card import (
     readme_text,
     write_card,
 )
-from pipeline.publish.merge import merge
-from pipeline.publish.sample import sample
+from pipeline.publish.merge import merge_datasets
+from pipeline.publish.sample import sample_rows
 from pipeline.search.boundary import probability_margin
 from pipeline.shards.format import shard_name
 from pipeline.shards.manifest import read_manifest
-from pipeline.shards.quantiles import spread_of
+from pipeline.shards.quantiles import quantiles_of
 from pipeline.shards.reader import BoundaryShards
 from tests.support.files import (
     ROOT,
@@ -89,7 +89,7 @@ def merged(tmp_path_factory, stated):
     folder = tmp_path_factory.mktemp("other")
     other = made_in(folder, {"attack.seed": 6, "attack.views": 1})
     other.publish(folder / "bss")
-    merge([stated, folder / "bss"], folder / "merged")
+    merge_datasets([stated, folder / "bss"], folder / "merged")
     return folder / "merged"
 
 
@@ -97,7 +97,7 @@ def merged(tmp_path_factory, stated):
 def sampled(tmp_path_factory, merged):
     """70 rows in three shards."""
     directory = tmp_path_factory.mktemp("sampled") / "bss"
-    sample(merged, 70, 0, directory)
+    sample_rows(merged, 70, 0, directory)
     return directory
 
 
@@ -237,19 +237,19 @@ def test_the_card_says_from_what_the_dataset_was_made(stated, dataset):
     assert {dataset.digests.teacher, dataset.digests.train, dataset.fingerprint, "1"} <= facts
 
 
-AFTERWARDS = {
+HOW_COMBINED = {
     "merged": "The views of several datasets, listed under `merged`, were then put together.",
     "sampled": "It is a preview: `sample` says how many rows of a whole dataset, and which one.",
 }
 
 
 @pytest.mark.parametrize(
-    ("directory", "said"), [("stated", ()), ("merged", ("merged",)), ("sampled", tuple(AFTERWARDS))]
+    ("directory", "said"), [("stated", ()), ("merged", ("merged",)), ("sampled", tuple(HOW_COMBINED))]
 )
 def test_the_card_says_that_a_dataset_was_made_from_others(request, directory, said):
     path = request.getfixturevalue(directory)
     text = readme(path)
-    assert {name for name, sentence in AFTERWARDS.items() if sentence in text} == set(said)
+    assert {name for name, sentence in HOW_COMBINED.items() if sentence in text} == set(said)
     assert json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]) == read_manifest(path).parameters
 
 
@@ -404,7 +404,7 @@ def test_croissant_is_valid(request, directory):
 def test_the_size_is_a_category_of_the_hub(stated, rows, expected):
     manifest = read_manifest(stated)
     larger = manifest.model_copy(update={"totals": manifest.totals.model_copy(update={"rows": rows})})
-    assert front_matter(readme_text(larger, NOTHING_STATED, None))[0]["size_categories"] == [SIZES[expected]]
+    assert front_matter(readme_text(larger, EMPTY_CARD, None))[0]["size_categories"] == [SIZES[expected]]
 
 
 def test_the_example_with_plain_h5py_gives_samples_on_the_boundary(stated, monkeypatch):
@@ -457,7 +457,7 @@ def test_a_dataset_in_which_nothing_converged_says_so(tmp_path):
     )
     make_missing(wrong, tmp_path)
     manifest = wrong.publish(tmp_path / "bss")
-    assert spread_of(tmp_path / "bss", manifest, QUANTILES) is None
+    assert quantiles_of(tmp_path / "bss", manifest, QUANTILES) is None
     assert "No sample converged." in readme(tmp_path / "bss")
     assert "100.00%" in table_rows(readme(tmp_path / "bss"), "Counts")["`base_misclassified`"]
 
@@ -475,14 +475,14 @@ def test_the_card_of_other_shards_is_refused(copy):
 def test_a_meaning_in_a_strangers_manifest_is_not_taken_over(copy):
     change_manifest(copy, lambda values: values["columns"]["label"].__setitem__(2, "x | y\n\n<b>z</b>"))
     manifest = read_manifest(copy)
-    assert "| `label` | int64 | scalar | base class |" in readme_text(manifest, NOTHING_STATED, None)
-    assert '"base class"' in croissant_card(manifest, NOTHING_STATED)
+    assert "| `label` | int64 | scalar | base class |" in readme_text(manifest, EMPTY_CARD, None)
+    assert '"base class"' in croissant_card(manifest, EMPTY_CARD)
 
 
 def test_parameters_in_a_strangers_manifest_stay_in_their_block(copy):
     text = "```\n# Free money\n```json"
     change_manifest(copy, lambda values: values["parameters"].update({text: text}))
-    markdown = readme_text(read_manifest(copy), NOTHING_STATED, None)
+    markdown = readme_text(read_manifest(copy), EMPTY_CARD, None)
     assert json.loads(re.search(r"^```json\n(.*?)^```", markdown, re.DOTALL | re.MULTILINE)[1])[text] == text
     assert "\n# Free money" not in markdown
 
@@ -507,5 +507,5 @@ def test_the_attack_stage_states_what_the_parameters_say(tmp_path, monkeypatch):
 def test_presets_of_datasets_leave_no_statement_on_another_dataset(name):
     card = YAML(typ="safe").load(ROOT / f"presets/{name}.yaml")["card"]
     assert card.keys() == Card.model_fields.keys()
-    assert card | {"source": None} == NOTHING_STATED.model_dump()
+    assert card | {"source": None} == EMPTY_CARD.model_dump()
     assert (card["source"] is None) == (name == "imagefolder")

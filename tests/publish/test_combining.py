@@ -20,10 +20,10 @@ from pipeline.core.provenance import ROOT
 from pipeline.core.status import Status
 from pipeline.publish import parquet as shard_export
 from pipeline.publish import rewrite as shard_rewrite
-from pipeline.publish.adopt import adopt
-from pipeline.publish.merge import merge
+from pipeline.publish.adopt import adopt_shards
+from pipeline.publish.merge import merge_datasets
 from pipeline.publish.parquet import export_parquet
-from pipeline.publish.sample import sample
+from pipeline.publish.sample import sample_rows
 from pipeline.publish.writer import write_shard
 from pipeline.shards.check import find_problems
 from pipeline.shards.file import read_columns
@@ -106,7 +106,7 @@ def fingerprint_of(directory):
 
 
 def test_merged_views_are_those_of_the_sources_in_order(tmp_path, made):
-    merge([made / "a", made / "b"], tmp_path / "c")
+    merge_datasets([made / "a", made / "b"], tmp_path / "c")
     manifest = read_manifest(tmp_path / "c")
     assert find_problems(tmp_path / "c", manifest) == []
     assert (manifest.views, manifest.rows, manifest.totals.rows) == (4, 64, 256)
@@ -117,7 +117,7 @@ def test_merged_views_are_those_of_the_sources_in_order(tmp_path, made):
 
 
 def test_a_merged_manifest_says_where_the_views_are_from(tmp_path, made):
-    merge([made / "a", made / "b"], tmp_path / "c")
+    merge_datasets([made / "a", made / "b"], tmp_path / "c")
     manifest, source = read_manifest(tmp_path / "c"), read_manifest(made / "a")
     assert manifest.parameters["merged"] == [
         {"fingerprint": fingerprint_of(made / "a"), "seed": 5, "views": [0, 1]},
@@ -132,7 +132,7 @@ def test_a_merged_manifest_says_where_the_views_are_from(tmp_path, made):
 
 
 def test_a_student_sees_every_view_of_a_merged_dataset(tmp_path, made):
-    merge([made / "a", made / "b"], tmp_path / "c")
+    merge_datasets([made / "a", made / "b"], tmp_path / "c")
     source = ShardSource(BoundaryShards(tmp_path / "c"), 0, 16, CPU, statuses=(Status.CONVERGED,))
     seen = Counter()
     for epoch in range(4):
@@ -144,7 +144,7 @@ def test_a_student_sees_every_view_of_a_merged_dataset(tmp_path, made):
 
 def test_merging_is_deterministic_and_depends_on_the_order(tmp_path, made):
     for name, sources in {"one": "ab", "two": "ab", "other": "ba"}.items():
-        merge([made / source for source in sources], tmp_path / name)
+        merge_datasets([made / source for source in sources], tmp_path / name)
     assert by_name(tmp_path / "one") == by_name(tmp_path / "two")
     assert fingerprint_of(tmp_path / "one") != fingerprint_of(tmp_path / "other")
     a, other = values_of(made / "a"), values_of(tmp_path / "other")
@@ -152,7 +152,7 @@ def test_merging_is_deterministic_and_depends_on_the_order(tmp_path, made):
 
 
 def test_a_view_that_is_there_twice_is_taken_once(tmp_path, made):
-    merge([made / "a", made / "b", made / "more"], tmp_path / "c")
+    merge_datasets([made / "a", made / "b", made / "more"], tmp_path / "c")
     manifest = read_manifest(tmp_path / "c")
     sources = [(source["seed"], source["views"]) for source in manifest.parameters["merged"]]
     assert sources == [(5, [0, 1]), (6, [0, 1]), (5, [2])]
@@ -162,15 +162,15 @@ def test_a_view_that_is_there_twice_is_taken_once(tmp_path, made):
 
 
 def test_merging_step_by_step_is_merging_at_once(tmp_path, made):
-    merge([made / "a", made / "b", made / "more"], tmp_path / "once")
-    merge([made / "a", made / "b"], tmp_path / "first")
-    merge([tmp_path / "first", made / "more"], tmp_path / "steps")
+    merge_datasets([made / "a", made / "b", made / "more"], tmp_path / "once")
+    merge_datasets([made / "a", made / "b"], tmp_path / "first")
+    merge_datasets([tmp_path / "first", made / "more"], tmp_path / "steps")
     assert by_name(tmp_path / "steps") == by_name(tmp_path / "once")
 
 
 @pytest.mark.parametrize("sources", [("a", "more"), ("more", "a"), ("more", "more")])
 def test_datasets_of_one_fingerprint_stay_that_dataset(tmp_path, made, sources):
-    merge([made / source for source in sources], tmp_path / "c")
+    merge_datasets([made / source for source in sources], tmp_path / "c")
     shards = {name: content for name, content in by_name(made / "more").items() if name.endswith(".h5")}
     assert {name: content for name, content in by_name(tmp_path / "c").items() if name.endswith(".h5")} == shards
     assert read_manifest(tmp_path / "c") == read_manifest(made / "more")
@@ -180,7 +180,7 @@ def merge_refusal(sources, out, error=ShardError):
     """The message with which merging is refused; what is at `out` and beside it stays as it was."""
     before = contents(out.parent)
     with pytest.raises(error) as caught:
-        merge(sources, out)
+        merge_datasets(sources, out)
     assert contents(out.parent) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -270,12 +270,12 @@ def test_the_same_draw_by_other_code_is_refused(copy, monkeypatch):
 def test_another_draw_by_other_code_is_merged(copy, monkeypatch):
     monkeypatch.setattr(attack_run, "code_digest", lambda *modules: "other code")
     other = published(copy, "other", {"attack.seed": 7})
-    merge([copy / "a", other], copy / "c")
+    merge_datasets([copy / "a", other], copy / "c")
     assert find_problems(copy / "c", read_manifest(copy / "c")) == []
 
 
 def test_a_damaged_source_is_named_before_anything_is_written(copy):
-    merge([copy / "a", copy / "more"], copy / "c")
+    merge_datasets([copy / "a", copy / "more"], copy / "c")
     flip_bit(copy / "b" / NAME, 3000)
     assert f"{copy / 'b' / NAME}: its sha256 is not" in merge_refusal([copy / "a", copy / "b"], copy / "c")
 
@@ -321,7 +321,7 @@ def test_a_folder_of_somebody_else_is_not_replaced(copy):
     (copy / "c/thesis.tex").write_text("years")
     assert "holds 'thesis.tex'" in merge_refusal([copy / "a", copy / "b"], copy / "c", StoreError)
     before = contents(copy)
-    for function in (lambda: sample(copy / "a", 5, 0, copy / "c"), lambda: export_parquet(copy / "a", copy / "c")):
+    for function in (lambda: sample_rows(copy / "a", 5, 0, copy / "c"), lambda: export_parquet(copy / "a", copy / "c")):
         with pytest.raises(StoreError, match=r"holds 'thesis\.tex'"):
             function()
     assert contents(copy) == before
@@ -331,7 +331,7 @@ def test_a_published_dataset_with_its_card_is_replaced(copy):
     (copy / "c").mkdir()
     for name in ("README.md", "croissant.json", "manifest.json", shard_name(9, 9)):
         (copy / "c" / name).write_text("old")
-    merge([copy / "a", copy / "b"], copy / "c")
+    merge_datasets([copy / "a", copy / "b"], copy / "c")
     assert sorted(by_name(copy / "c")) == [
         "README.md",
         "croissant.json",
@@ -405,7 +405,7 @@ def test_a_killed_merge_leaves_what_was_there_and_can_be_run_again(with_c, monke
 
 
 def test_a_sample_is_rows_of_the_dataset_and_a_dataset_itself(tmp_path, made):
-    sample(made / "a", 40, 0, tmp_path / "s")
+    sample_rows(made / "a", 40, 0, tmp_path / "s")
     manifest = read_manifest(tmp_path / "s")
     assert find_problems(tmp_path / "s", manifest) == []
     assert (manifest.views, manifest.rows, manifest.totals.rows) == (1, 40, 40)
@@ -420,7 +420,7 @@ def test_a_sample_is_rows_of_the_dataset_and_a_dataset_itself(tmp_path, made):
 
 
 def test_a_sample_says_what_it_is(tmp_path, made):
-    sample(made / "a", 7, 3, tmp_path / "s")
+    sample_rows(made / "a", 7, 3, tmp_path / "s")
     source, manifest = read_manifest(made / "a"), read_manifest(tmp_path / "s")
     fingerprint = source.fingerprint
     assert manifest.parameters == source.parameters | {"sample": {"fingerprint": fingerprint, "rows": 7, "seed": 3}}
@@ -430,7 +430,7 @@ def test_a_sample_says_what_it_is(tmp_path, made):
 
 def test_a_sample_is_reproducible(tmp_path, made):
     for name, seed in {"one": 0, "two": 0, "other": 1}.items():
-        sample(made / "a", 30, seed, tmp_path / name)
+        sample_rows(made / "a", 30, seed, tmp_path / name)
     assert by_name(tmp_path / "one") == by_name(tmp_path / "two")
     assert fingerprint_of(tmp_path / "one") != fingerprint_of(tmp_path / "other")
     assert not np.array_equal(values_of(tmp_path / "one")["index"], values_of(tmp_path / "other")["index"])
@@ -438,51 +438,51 @@ def test_a_sample_is_reproducible(tmp_path, made):
 
 @pytest.mark.parametrize("rows", [1, 128])
 def test_one_row_and_all_rows_can_be_drawn(tmp_path, made, rows):
-    sample(made / "a", rows, 0, tmp_path / "s")
+    sample_rows(made / "a", rows, 0, tmp_path / "s")
     assert len(BoundaryShards(tmp_path / "s")) == rows
 
 
 @pytest.mark.parametrize(("rows", "seed", "option"), [(0, 0, "-n"), (129, 0, "-n"), (-5, 0, "-n"), (5, -1, "--seed")])
 def test_rows_and_seeds_out_of_range_are_refused(tmp_path, made, rows, seed, option):
     with pytest.raises(ParameterError, match=f"^{option}: expected .*, got {min(rows, seed) if seed else rows}$"):
-        sample(made / "a", rows, seed, tmp_path / "s")
+        sample_rows(made / "a", rows, seed, tmp_path / "s")
     assert not (tmp_path / "s").exists()
 
 
 def test_a_sample_does_not_replace_what_it_is_drawn_from(copy):
     before = contents(copy)
     with pytest.raises(StoreError, match="is, holds or is within what is read here"):
-        sample(copy / "a", 5, 0, copy / "a")
+        sample_rows(copy / "a", 5, 0, copy / "a")
     assert contents(copy) == before
 
 
 def test_a_sample_of_a_damaged_dataset_is_refused(copy):
     flip_bit(copy / "a" / NAME, 3000)
     with pytest.raises(ShardError, match=f"{NAME}: its sha256 is not"):
-        sample(copy / "a", 128, 0, copy / "s")
+        sample_rows(copy / "a", 128, 0, copy / "s")
     assert not (copy / "s").exists()
 
 
 def test_a_sample_is_not_taken_for_a_whole_dataset(copy):
-    sample(copy / "a", 10, 0, copy / "s")
+    sample_rows(copy / "a", 10, 0, copy / "s")
     expected = f"{copy / 's'}: is a sample of another dataset (10 rows)"
     assert expected in merge_refusal([copy / "a", copy / "s"], copy / "c")
     with pytest.raises(ShardError, match="is a sample of another dataset"):
-        sample(copy / "s", 5, 0, copy / "c")
+        sample_rows(copy / "s", 5, 0, copy / "c")
 
 
 def test_an_adopted_sample_is_nothing_that_the_attack_builds_on(copy):
     dataset = sample_dataset(copy, tiny_splits()["train"], {"attack.targets": 2, "attack.views": 4})
     before = dataset.missing()
-    sample(copy / "a", 30, 0, copy / "s")
-    assert adopt(copy / "s", read_manifest(copy / "s"), dataset.store) == 2
+    sample_rows(copy / "a", 30, 0, copy / "s")
+    assert adopt_shards(copy / "s", read_manifest(copy / "s"), dataset.store) == 2
     assert dataset.missing() == before
     assert len(before) == 3
 
 
 def test_a_sample_of_a_merged_dataset_keeps_where_it_is_from(copy):
-    merge([copy / "a", copy / "b"], copy / "c")
-    sample(copy / "c", 50, 0, copy / "s")
+    merge_datasets([copy / "a", copy / "b"], copy / "c")
+    sample_rows(copy / "c", 50, 0, copy / "s")
     parameters = read_manifest(copy / "s").parameters
     assert [source["seed"] for source in parameters["merged"]] == [5, 6]
     assert parameters["sample"]["fingerprint"] == fingerprint_of(copy / "c")
@@ -491,8 +491,8 @@ def test_a_sample_of_a_merged_dataset_keeps_where_it_is_from(copy):
 def test_shards_without_images_are_merged_and_sampled(copy):
     changes = {"attack.embed_images": False, "attack.views": 1, "attack.compression": "gzip"}
     sources = [published(copy, f"no images {seed}", changes | {"attack.seed": seed}) for seed in (5, 6)]
-    merge(sources, copy / "c")
-    sample(copy / "c", 70, 0, copy / "s")
+    merge_datasets(sources, copy / "c")
+    sample_rows(copy / "c", 70, 0, copy / "s")
     train = tiny_splits()["train"]
     source = ShardSource(BoundaryShards(copy / "s"), 0, 16, CPU, statuses=(Status.CONVERGED,), train=train)
     assert sum(len(batch.labels) for batch in source.epoch(0)) == 70
@@ -619,8 +619,8 @@ def test_plain_pyarrow_reads_an_export_without_hugging_faces_library(tmp_path, m
 
 @pytest.mark.parametrize("name", ["merged", "sampled", "no images"])
 def test_all_kinds_of_datasets_are_exported(copy, name):
-    merge([copy / "a", copy / "b"], copy / "merged")
-    sample(copy / "merged", 30, 0, copy / "sampled")
+    merge_datasets([copy / "a", copy / "b"], copy / "merged")
+    sample_rows(copy / "merged", 30, 0, copy / "sampled")
     changes = {"attack.embed_images": False, "attack.views": 1, "attack.targets": 1, "attack.compression": "gzip"}
     published(copy, "no images", changes)
     manifest = export_parquet(copy / name, copy / "p")
@@ -777,9 +777,9 @@ def test_a_card_states_what_the_parameters_say(copy, how):
 def test_what_was_put_together_is_not_adopted(copy, monkeypatch, how):
     monkeypatch.chdir(copy)
     if how == "merged":
-        merge([copy / "a", copy / "b"], copy / "new")
+        merge_datasets([copy / "a", copy / "b"], copy / "new")
     else:
-        sample(copy / "a", 5, 0, copy / "new")
+        sample_rows(copy / "a", 5, 0, copy / "new")
     result = run_stage("shards", "adopt", "new")
     assert result.exit_code == 1
     assert f"new: was put together ('{how}')" in result.stderr

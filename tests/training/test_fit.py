@@ -16,7 +16,7 @@ from pipeline.core.store import Store
 from pipeline.machine.processes import Processes
 from pipeline.networks.weights import load_weights, save_weights
 from pipeline.shards.reader import BoundaryShards
-from pipeline.student.inputs import Inputs
+from pipeline.student.inputs import StudentInputs
 from pipeline.student.run import StudentRun
 from pipeline.training import fit as training
 from pipeline.training.batches import BoundaryBatch, BoundarySamples, batches_of
@@ -278,7 +278,7 @@ def student_run(directory, samples, method="bss", changes=None, **inputs):
     if params.method[method].source == "online" or params.method[method].reads_features:
         given["teacher"] = samples / "teacher.safetensors"
     processes = Processes(params.runtime, params.training.precision)
-    return StudentRun.of(params, "resnet8w2", method, Inputs(**(given | inputs)), processes, Store(directory))
+    return StudentRun.of(params, "resnet8w2", method, StudentInputs(**(given | inputs)), processes, Store(directory))
 
 
 @pytest.mark.parametrize("method", ["original", "bss"])
