@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from pipeline.configure import configure
 from pipeline.core.errors import ParameterError
 from pipeline.core.parameters import load_params
-from tests.support.files import ROOT, run_stage
+from tests.support.files import ROOT, run_stage, write_params
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder", "spirals")
 RECIPES = ("quick", "paper")
@@ -180,3 +180,17 @@ def test_a_card_that_describes_another_dataset_is_told(params, overlays, told):
     result = run_stage("configure", *overlays, "--params", params)
     assert result.exit_code == 0, result.stderr
     assert ("note: `card` still describes the dataset before" in result.stderr) == told
+
+
+def test_a_value_of_a_loss_of_ones_own_is_set_by_its_key(tmp_path):
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "losses.py").write_text(
+        "from pipeline import Section, Term\n\n\n"
+        "class Mine(Term):\n    class Parameters(Section):\n        weight: float\n"
+    )
+    path = tmp_path / "params.yaml"
+    write_params(path, {"code": str(code), "method.mine": {"source": "shards", "own.losses.Mine": {"weight": 1.0}}})
+    assert configure(path, ["method.mine.own.losses.Mine.weight=2.0"]) == [
+        "method.mine.own.losses.Mine.weight: 1.0 -> 2.0"
+    ]

@@ -28,6 +28,7 @@ from pipeline.shards.check import find_problems
 from pipeline.shards.file import read_columns
 from pipeline.shards.format import columns_of, shard_name
 from pipeline.shards.manifest import read_manifest
+from pipeline.shards.order import shards_by_view
 from pipeline.shards.reader import BoundaryShards
 from tests.support.files import (
     change_manifest,
@@ -137,7 +138,10 @@ def columns(made):
     """All columns of all shards, by view: (views, rows, ...)."""
     shards = BoundaryShards(made / "bss")
     views = [
-        [read_columns(made / "bss" / shard.name, shards.manifest.columns) for shard in shards.shards_of_view(view)]
+        [
+            read_columns(made / "bss" / shard.name, shards.manifest.columns)
+            for shard in shards_by_view(shards.manifest)[view]
+        ]
         for view in range(2)
     ]
     return {
@@ -317,7 +321,7 @@ def test_a_draw_of_views_does_not_depend_on_the_size_of_shards(tmp_path, columns
     dataset.publish(tmp_path / "bss")
     shards = BoundaryShards(tmp_path / "bss")
     for name in ("image", "crop", "flip", "target", "label", "index"):
-        read = [shards.read(shard, [name])[name] for shard in shards.shards_of_view(1)]
+        read = [shards.read(shard, [name])[name] for shard in shards_by_view(shards.manifest)[1]]
         assert np.array_equal(np.concatenate(read), columns[name][1]), name
 
 
@@ -748,7 +752,11 @@ def test_reader_without_verification_still_refuses_what_is_no_shard(copy):
 @pytest.mark.parametrize("how", ["rows", "columns"])
 def test_reader_is_not_deceived_by_a_dataset_that_takes_the_place_of_its_own(tmp_path, copy, train, how):
     def read(shards):
-        return shards[0]["delta"] if how == "rows" else shards.read(shards.shards_of_view(0)[0], ["delta"])["delta"]
+        return (
+            shards[0]["delta"]
+            if how == "rows"
+            else shards.read(shards_by_view(shards.manifest)[0][0], ["delta"])["delta"]
+        )
 
     checked, unchecked = BoundaryShards(copy / "bss"), BoundaryShards(copy / "bss", verify=False)
     before = read(BoundaryShards(copy / "bss"))

@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 from pipeline.core.errors import ParameterError
 from pipeline.core.extensions import find_loss, known_losses
 from pipeline.core.parameters import MOVED, Section, check_params, load_params
+from pipeline.core.text import place_of
 from pipeline.training.term import Term
 from tests.support.files import ROOT, tiny_values, write_params
 
@@ -40,6 +41,12 @@ UNKNOWN = [
     ("method.bss.bss.beta", "converged_only, fraction, moves_statistics, start, temperature, zero_at"),
     ("method.at.at.first_stage", "student_layers, teacher_layers, weight"),
 ]
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED.items())
+def test_a_parameter_that_moved_says_where_it_is(old, new):
+    assert f"{old}: is called {new} now" in refusal({old: 1})
+    assert place_of(tiny_values(), new)[1] in place_of(tiny_values(), new)[0]
 
 
 @pytest.mark.parametrize(("key", "known"), UNKNOWN)

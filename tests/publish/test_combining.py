@@ -29,6 +29,7 @@ from pipeline.shards.check import find_problems
 from pipeline.shards.file import read_columns
 from pipeline.shards.format import columns_of, shard_name
 from pipeline.shards.manifest import read_manifest
+from pipeline.shards.order import shards_by_view
 from pipeline.shards.reader import BoundaryShards
 from pipeline.student.shard_source import ShardSource
 from tests.support.files import (
@@ -84,7 +85,10 @@ def values_of(directory):
     views = range(shards.manifest.views)
     return {
         name: np.stack(
-            [np.concatenate([shards.read(s, [name])[name] for s in shards.shards_of_view(view)]) for view in views]
+            [
+                np.concatenate([shards.read(s, [name])[name] for s in shards_by_view(shards.manifest)[view]])
+                for view in views
+            ]
         )
         for name in shards.manifest.columns
     }

@@ -257,8 +257,8 @@ def test_records_of_stages_are_read_back_and_damaged_ones_left_out(tmp_path):
     record_run(tmp_path, "b", RunRecord(seconds=2.5, said=HOSTILE))
     for number, content in enumerate((b"", b"{}", b"[1]", b"\xff\xfe", b'{"seconds": 1')):
         (tmp_path / f"{number}.json").write_bytes(content)
-    found = read_records(tmp_path, ["b", *"01234", "absent", "a"])
-    assert list(found) == ["b", "a"]
+    found = read_records(tmp_path)
+    assert list(found) == ["a", "b"]
     assert found["b"] == RunRecord(seconds=2.5, said=HOSTILE)
 
 

@@ -175,14 +175,37 @@ def keys_of(rows):
     ]
 
 
-def test_a_stream_gives_every_row_once_in_an_order_of_its_own(folder):
-    plain = keys_of(BoundaryShards(folder)[row] for row in range(256))
+def images_of(keys):
+    """The images of rows, by their number in the training split."""
+    return sorted(index for index, *_ in keys)
+
+
+def test_an_epoch_has_every_image_once_in_an_order_of_its_own(folder):
+    plain = set(keys_of(BoundaryShards(folder)[row] for row in range(256)))
     stream = StreamedShards(folder, seed=3)
+    first = keys_of(stream)
+    assert images_of(first) == list(range(64))
+    assert set(first) <= plain
+    assert [index for index, *_ in first] != list(range(64))
+    assert keys_of(StreamedShards(folder, seed=3)) == first
+    assert keys_of(StreamedShards(folder, seed=4)) != first
+
+
+def test_as_many_epochs_as_there_are_views_have_every_row_once(folder):
+    plain = keys_of(BoundaryShards(folder)[row] for row in range(256))
+    stream, rows = StreamedShards(folder, seed=3), []
+    for epoch in range(4):
+        stream.set_epoch(epoch)
+        rows += keys_of(stream)
+    assert sorted(rows) == sorted(plain)
+
+
+def test_an_epoch_of_all_views_has_every_row_once(folder):
+    plain = keys_of(BoundaryShards(folder)[row] for row in range(256))
+    stream = StreamedShards(folder, seed=3, all_views=True)
     first = keys_of(stream)
     assert sorted(first) == sorted(plain)
     assert first != plain
-    assert keys_of(StreamedShards(folder, seed=3)) == first
-    assert keys_of(StreamedShards(folder, seed=4)) != first
     stream.set_epoch(1)
     second = keys_of(stream)
     assert sorted(second) == sorted(plain)
@@ -191,16 +214,17 @@ def test_a_stream_gives_every_row_once_in_an_order_of_its_own(folder):
 
 def test_rows_of_a_stream_are_those_of_the_dataset(folder):
     known = {key: BoundaryShards(folder)[row] for row, key in enumerate(keys_of(BoundaryShards(folder)))}
-    for row in StreamedShards(folder, buffer_shards=2):
+    for row in StreamedShards(folder, all_views=True, buffer_shards=2):
         assert same(row, known[keys_of([row])[0]])
 
 
-def test_workers_and_processes_share_a_stream_out(folder, url):
-    expected = sorted(keys_of(StreamedShards(folder)))
+@pytest.mark.parametrize("all_views", [False, True])
+def test_workers_and_processes_share_a_stream_out(folder, url, all_views):
+    expected = sorted(keys_of(StreamedShards(folder, all_views=all_views)))
     found = []
     for rank in range(2):
         loader = DataLoader(
-            StreamedShards(url, rank=rank, world_size=2),
+            StreamedShards(url, all_views=all_views, rank=rank, world_size=2),
             batch_size=None,
             num_workers=2,
             multiprocessing_context="spawn",
@@ -209,13 +233,9 @@ def test_workers_and_processes_share_a_stream_out(folder, url):
     assert sorted(found) == expected
 
 
-def test_a_stream_of_some_views(folder):
-    assert len(list(StreamedShards(folder, views=[1, 3]))) == 128
-
-
 @pytest.mark.parametrize(
     "arguments",
-    [{"views": [4]}, {"views": [0, 0]}, {"views": []}, {"seed": -1}, {"buffer_shards": 0}, {"rank": 1}, {"rank": -1}],
+    [{"seed": -1}, {"buffer_shards": 0}, {"rank": 1}, {"rank": -1}],
 )
 def test_a_stream_refuses_what_is_out_of_range(folder, arguments):
     with pytest.raises(ValueError, match="expected"):
@@ -260,7 +280,7 @@ def test_a_server_that_answers_no_range_requests_is_named(folder, monkeypatch):
 
 
 def test_workers_that_live_on_see_the_next_epoch(folder):
-    stream = StreamedShards(folder)
+    stream = StreamedShards(folder, all_views=True)
     loader = DataLoader(stream, batch_size=None, num_workers=2, persistent_workers=True)
     orders = []
     for epoch in range(2):

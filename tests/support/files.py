@@ -24,6 +24,7 @@ from pipeline.core.files import file_digest
 from pipeline.core.parameters import check_params
 from pipeline.core.provenance import ROOT
 from pipeline.core.store import Store
+from pipeline.core.text import place_of
 from pipeline.images.prepared import write_prepared
 from pipeline.networks.classifier import architecture_for, build
 from pipeline.networks.loading import Loaded
@@ -111,10 +112,7 @@ def tiny_values(changes=None):
     """The contents of params.yaml with tiny values and further changes by dotted key; `...` removes a key."""
     values = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
     for key, value in (TINY | (changes or {})).items():
-        *parents, last = key.split(".")
-        section = values
-        for parent in parents:
-            section = section[parent]
+        section, last = place_of(values, key)
         if value is ...:
             del section[last]
         else:

@@ -10,6 +10,7 @@ import sys
 from ruamel.yaml import YAML
 
 from pipeline.core.provenance import ROOT
+from pipeline.core.text import place_of
 
 # Whatever commits, does so under this name.
 IDENTITY = {f"GIT_{role}_{what}": "test@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
@@ -34,11 +35,8 @@ def change_params(directory, changes):
     path = directory / "params.yaml"
     values = yaml.load(path)
     for key, value in changes.items():
-        *parents, last = key.split(".")
-        section = values
-        for parent in parents:
-            section = section[parent]
-        section[last] = value
+        section, name = place_of(values, key)
+        section[name] = value
     yaml.dump(values, path)
 
 
