@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+try:
+    from torchmetrics import Metric
+except ImportError:
+    raise ImportError("MagSim and AngSim need torchmetrics: pip install 'boundary-distillation[metrics]'") from None
 
 from pipeline.evaluate.similarity import angle_similarity, magnitude_similarity
 
