@@ -28,7 +28,7 @@ from pipeline.networks.classifier import Architecture
 from pipeline.report import charts, decision_map
 from pipeline.report.content import read_curves
 from pipeline.report.decision_map import Scene, plane_through, unit_square
-from pipeline.report.page import Chart, Content, Picture, Row, render
+from pipeline.report.page import Chart, Charts, Content, Picture, Pictures, Row, Table, render
 from pipeline.report.samples import amplification, pictures, png, typical_examples
 from pipeline.report.scenes import scenes_of
 from pipeline.report.summary import (
@@ -738,6 +738,7 @@ def test_a_histogram_of_nothing_has_no_bins():
 # The page
 
 
+CHARTS, PICTURES = ("accuracy", "views", "curves", "similarity", "dataset"), ("gallery", "maps")
 SECTIONS = ("finding", "table", "accuracy", "views", "curves", "similarity", "dataset", "gallery", "maps", "facts")
 MOST_BYTES = 8_000_000
 
@@ -785,10 +786,11 @@ def content(word, **changes):
     rows = [{"method": word, "seed": 0, "accuracy": 0.5}]
     chart = Chart(word, charts.accuracy_chart(rows, [word]))
     row = Row(word, [Picture(grey, word)], [word])
-    values = {name: word for name in Content._fields if name == "title" or name == "compared" or name.endswith("_note")}
-    values |= {name: [chart] for name in ("accuracy", "views", "curves", "similarity", "dataset")}
-    values |= {"finding": [word], "header": [word] * 5, "table": [[word] * 5], "gallery": [row], "maps": [row]}
-    return Content(**(values | {"facts": {word: {word: word}}} | changes))
+    values = {"title": word, "compared": word, "finding": [word], "facts": {word: {word: word}}}
+    values |= {name: Charts(charts=[chart], note=word) for name in CHARTS}
+    values |= {name: Pictures(rows=[row], note=word) for name in PICTURES}
+    values["table"] = Table(header=[word] * 5, rows=[[word] * 5], note=word)
+    return Content(**(values | changes))
 
 
 @pytest.mark.parametrize("word", [HOSTILE, "\u2028 ünï \U0001f98a", "plain", "*"])
@@ -805,10 +807,10 @@ def test_whatever_stands_on_the_page_is_text(word):
 
 
 def test_a_page_without_content_has_its_sections_and_notes():
-    nothing = {
-        name: [] for name in ("finding", "accuracy", "views", "curves", "similarity", "dataset", "gallery", "maps")
-    }
-    page = Parsed(render(content("word", **nothing, header=[], table=[], facts={})))
+    nothing = {name: Charts(charts=[], note="word") for name in CHARTS}
+    nothing |= {name: Pictures(rows=[], note="word") for name in PICTURES}
+    nothing["table"] = Table(header=[], rows=[], note="word")
+    page = Parsed(render(content("word", finding=[], **nothing, facts={})))
     assert tuple(each["id"] for tag, each in page.tags if "id" in each) == SECTIONS
     assert page.text.count("word") >= 8
 
