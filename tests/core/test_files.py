@@ -25,7 +25,7 @@ HOLD = """
 import sys
 from functools import partial
 from pathlib import Path
-from pipeline.storage import lock
+from pipeline.core.store import lock
 with lock(Path(sys.argv[1]), partial(print, flush=True)):
     print("held", flush=True)
     sys.stdin.read()

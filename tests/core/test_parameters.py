@@ -4,11 +4,12 @@ import math
 import re
 
 import pytest
-from pipeline.losses.table import TERMS
 from ruamel.yaml import YAML
 
 from pipeline.core.errors import ParameterError
-from pipeline.core.parameters import Method, check_params, load_params
+from pipeline.core.extensions import find_loss, known_losses
+from pipeline.core.parameters import MOVED, Section, check_params, load_params
+from pipeline.training.term import Term
 from tests.support.files import ROOT, tiny_values, write_params
 
 
@@ -33,13 +34,11 @@ def test_parameters_cannot_be_changed_once_they_are_read():
 
 
 UNKNOWN = [
-    ("viewz", "known here: attack, card, dataset"),
+    ("viewz", "known here: attack, card, code, dataset"),
     ("attack.viewz", "views"),
     ("teacher.training.epoch", "epochs"),
-    ("method.bss.sauce", "at, bss, dkd, fitnet, fsp, hinton, rkd, source"),
     ("method.bss.bss.beta", "converged_only, fraction, moves_statistics, start, temperature, zero_at"),
     ("method.at.at.first_stage", "student_layers, teacher_layers, weight"),
-    ("method.bss.algorithm", "source"),
 ]
 
 
@@ -48,6 +47,17 @@ def test_unknown_keys_are_named_with_those_that_are_known(key, known):
     message = refusal({key: 1})
     assert f"{key}: unknown parameter" in message
     assert known in message
+
+
+@pytest.mark.parametrize("name", ["sauce", "algorithm", "table", "__init__"])
+def test_unknown_losses_are_named_with_those_that_are_known(name):
+    message = refusal({f"method.bss.{name}": 1})
+    assert f"method.bss.{name}: unknown loss; known here: at, bss, dkd, fitnet, fsp, hinton, rkd, own." in message
+
+
+@pytest.mark.parametrize("key", MOVED)
+def test_a_parameter_that_was_moved_is_refused_with_its_new_name(key):
+    assert f"{key}: is called {MOVED[key]} now" in refusal({key: 1})
 
 
 @pytest.mark.parametrize("key", ["attack", "attack.views", "teacher.training.epochs", "method.bss.source", "seeds"])
@@ -174,7 +184,7 @@ def test_fresh_images_are_for_methods_without_losses_and_for_no_other(losses, so
     else:
         message = refusal({"method.mine": method})
         fresh = "method.mine: source 'fresh' has no teacher: losses take 'shards' or 'online'"
-        other = f"method.mine: source '{source}' needs at least one loss: hinton, bss, fitnet, at, fsp, dkd, rkd"
+        other = f"method.mine: source '{source}' needs at least one loss: at, bss, dkd, fitnet, fsp, hinton, rkd"
         assert (fresh if source == "fresh" else other) in message
 
 
@@ -204,7 +214,7 @@ def test_a_flow_has_two_layers_or_more():
 
 def test_an_untargeted_search_takes_one_target():
     message = refusal({"search.name": "deepfool", "attack.targets": 2})
-    assert "attack: search 'deepfool' goes to the nearest class, so it takes 'targets' 1" in message
+    assert "search.name: 'deepfool' goes to the nearest class, so it takes attack.targets 1" in message
     for search, targets in (("deepfool", 1), ("random", 2)):
         check_params(tiny_values({"search.name": search, "attack.targets": targets}), "tiny")
 
@@ -234,8 +244,16 @@ def test_a_method_knows_its_losses_and_whether_it_reads_features():
     }
 
 
-def test_every_loss_that_parameters_know_has_a_term():
-    assert set(TERMS) == set(Method.model_fields) - {"source"}
+def test_every_loss_that_parameters_know_has_a_term_with_parameters_of_its_own():
+    terms = {name: find_loss(name) for name in known_losses()}
+    assert set(terms) == {"at", "bss", "dkd", "fitnet", "fsp", "hinton", "rkd"}
+    assert all(issubclass(term, Term) and issubclass(term.Parameters, Section) for term in terms.values())
+    assert len({term.Parameters for term in terms.values()}) == len(terms)
+
+
+def test_a_method_is_written_as_it_stands_in_a_file():
+    given = tiny_values()["method"]
+    assert {name: method.model_dump() for name, method in check_params(tiny_values(), "tiny").method.items()} == given
 
 
 def test_several_mistakes_are_all_told_in_one_line():
@@ -296,8 +314,8 @@ def test_numbers_are_read_as_in_yaml_1_2(tmp_path):
 
 def test_whole_numbers_are_taken_where_a_fraction_may_stand():
     params = check_params(tiny_values({"method.hinton.hinton.temperature": 2}), "tiny")
-    assert params.method["hinton"].hinton.temperature == 2.0
-    assert type(params.method["hinton"].hinton.temperature) is float
+    assert params.method["hinton"].losses["hinton"].temperature == 2.0
+    assert type(params.method["hinton"].losses["hinton"].temperature) is float
 
 
 def test_the_methods_of_the_documentation_are_methods():

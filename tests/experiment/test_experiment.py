@@ -16,7 +16,7 @@ from tests.support.files import make_project, run_stage, tiny_params, write_para
 
 FILES = sorted((ROOT / "experiments").glob("*.yaml"))
 TWO_WORKERS = {"runtime.workers": 2, "runtime.threads": 2}
-NAMES = {path.stem for path in FILES} - {"dvc"}
+NAMES = {path.stem for path in FILES}
 
 
 def written(tmp_path, text):
@@ -106,7 +106,7 @@ def test_an_experiment_that_is_not_there_is_refused(tmp_path):
         load_experiment(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "dvc"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_experiments_of_the_project_are_sound(path):
     experiment = load_experiment(path)
     found = list(variants(experiment, tiny_params()))
@@ -127,11 +127,12 @@ def test_the_experiments_of_the_project_are_sound(path):
         assert experiment.figure in experiment.axes
 
 
-def test_dvc_and_make_know_the_experiments():
-    listed = (ROOT / "experiments/dvc.yaml").read_text()
-    names = listed.split("name: [")[1].split("]")[0].split(", ")
-    assert set(names) == NAMES
-    assert all(name in (ROOT / "Makefile").read_text() for name in NAMES)
+def test_make_knows_the_experiments():
+    makefile = (ROOT / "Makefile").read_text()
+    names = makefile.split("EXPERIMENTS := ")[1].split("\n")[0].split()
+    assert len(names) == len(set(names))
+    assert {*names, "photographs"} == NAMES
+    assert "make experiment-NAME  one comparison: $(EXPERIMENTS) photographs" in makefile
 
 
 # Estimates

@@ -17,7 +17,7 @@ from pyarrow import parquet
 from pipeline.attack import dataset as attack_run
 from pipeline.core.errors import ParameterError, ShardError, StoreError
 from pipeline.core.provenance import ROOT
-from pipeline.core.status import usable
+from pipeline.core.status import Status
 from pipeline.publish import parquet as shard_export
 from pipeline.publish import rewrite as shard_rewrite
 from pipeline.publish.adopt import adopt
@@ -133,7 +133,7 @@ def test_a_merged_manifest_says_where_the_views_are_from(tmp_path, made):
 
 def test_a_student_sees_every_view_of_a_merged_dataset(tmp_path, made):
     merge([made / "a", made / "b"], tmp_path / "c")
-    source = ShardSource(BoundaryShards(tmp_path / "c"), 0, 16, CPU, statuses=usable(converged_only=True))
+    source = ShardSource(BoundaryShards(tmp_path / "c"), 0, 16, CPU, statuses=(Status.CONVERGED,))
     seen = Counter()
     for epoch in range(4):
         for batch in source.epoch(epoch):
@@ -198,13 +198,21 @@ UNLIKE = {
     "views.padding": (2, 1),
     "views.flip": (False, True),
 }
+# Where a manifest has them, if not under the same name.
+NAMES_IN_MANIFESTS = {
+    "search.tolerance": "attack.tolerance",
+    "search.name": "attack.search",
+    "search.max_gradients": "attack.max_gradients",
+    "views.padding": "augmentation.padding",
+    "views.flip": "augmentation.flip",
+}
 
 
 @pytest.mark.parametrize("key", UNLIKE)
 def test_datasets_of_other_parameters_are_refused_by_name(copy, key):
     theirs, ours = UNLIKE[key]
     other = published(copy, "other", {key: theirs, "attack.seed": 6, "attack.views": 1})
-    name = key.replace("dataset.", "augmentation.")
+    name = NAMES_IN_MANIFESTS.get(key, key)
     assert merge_refusal([copy / "a", other], copy / "c") == (
         f"{other}: parameters.{name} is {json.dumps(theirs)}, but {json.dumps(ours)} in {copy / 'a'}: only views of "
         "the same teacher, data and parameters can be merged"
@@ -486,7 +494,7 @@ def test_shards_without_images_are_merged_and_sampled(copy):
     merge(sources, copy / "c")
     sample(copy / "c", 70, 0, copy / "s")
     train = tiny_splits()["train"]
-    source = ShardSource(BoundaryShards(copy / "s"), 0, 16, CPU, statuses=usable(converged_only=True), train=train)
+    source = ShardSource(BoundaryShards(copy / "s"), 0, 16, CPU, statuses=(Status.CONVERGED,), train=train)
     assert sum(len(batch.labels) for batch in source.epoch(0)) == 70
 
 

@@ -17,18 +17,14 @@ import vl_convert
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipeline.attack.dataset import SampleDataset
 from pipeline.core.errors import DataError
-from pipeline.core.files import file_digest
 from pipeline.core.parameters import Method
 from pipeline.core.provenance import ROOT
 from pipeline.core.status import Status
-from pipeline.core.store import Store
 from pipeline.core.timings import RunRecord, read_records, record_run
 from pipeline.experiment.results import read_results
 from pipeline.images.prepared import write_prepared
 from pipeline.networks.classifier import Architecture
-from pipeline.networks.weights import load_weights, save_weights
 from pipeline.report import charts, decision_map
 from pipeline.report.content import read_curves
 from pipeline.report.decision_map import Scene, plane_through, unit_square
@@ -48,14 +44,12 @@ from pipeline.report.summary import (
     summarise,
     verdicts,
 )
-from pipeline.search.teacher_search import Search
 from pipeline.shards.reader import BoundaryShards
 from tests.support.files import CLASS_NAMES, finish, fork_stage, make_project, run_stage, tiny_splits, tiny_teacher
 from tests.support.helpers import (
     CPU,
     attack_parameters,
     bss_parameters,
-    dataset_parameters,
     hinton_parameters,
     in_memory,
     make_shards,
@@ -64,6 +58,7 @@ from tests.support.helpers import (
     random_prepared,
     tiny_resnet,
     untrained,
+    view_parameters,
 )
 from tests.support.projects import commit, dvc, git, new_project
 
@@ -482,7 +477,7 @@ def test_examples_are_of_median_distance(dataset):
         below = sum(each < distance for each, _ in found)
         assert below <= len(found) / 2
         assert float((example.sample - example.image).norm()) == pytest.approx(distance, rel=0.02)  # delta is int8
-        assert 0 <= example.margin <= 0.02
+        assert 0 <= example.probability_margin <= 0.02
     assert [each.base for each in typical_examples(shards, train, 2)] == [each.base for each in examples[:2]]
 
 
@@ -525,8 +520,8 @@ def test_a_class_without_converged_samples_is_left_out(tmp_path):
 def test_without_converged_samples_there_are_no_examples_and_no_scenes(tmp_path):
     teacher = tiny_resnet(7)
     train = random_prepared(8, 40, classes=4, model=teacher)
-    attack = attack_parameters(search="random", tolerance=1e-9)
-    shards = BoundaryShards(make_shards(tmp_path, train, teacher, attack))
+    made = make_shards(tmp_path, train, teacher, attack_parameters(), name="random", tolerance=1e-9)
+    shards = BoundaryShards(made)
     assert not shards.manifest.totals.statuses["converged"]
     examples = typical_examples(shards, train, 12)
     assert examples == []
@@ -553,14 +548,8 @@ def test_the_scene_of_a_plane_of_inputs_has_all_points_where_their_pixels_say(tm
     images = np.random.default_rng(2).integers(0, 256, (80, *shape), np.uint8)
     labels = teacher(torch.from_numpy(images).float() / 255).argmax(1).numpy()
     train = in_memory(images, labels, ("a", "b", "c"), (0.5,), (0.3,))
-    weights = tmp_path / "teacher.safetensors"
-    save_weights(teacher, weights)
-    parameters = dataset_parameters(padding=0, flip=False)
-    dataset = SampleDataset(train, parameters, attack_parameters(), file_digest(weights), Store(tmp_path / "store"))
-    search = Search(load_weights(weights), attack_parameters(), parameters, CPU, batch_size=64)
-    assert list(dataset.make(search, dataset.missing()))
-    dataset.publish(tmp_path / "shards")
-    ((_, scene),) = scenes_of(BoundaryShards(tmp_path / "shards"), train, teacher, [])
+    made = make_shards(tmp_path, train, teacher, attack_parameters(), view_parameters(padding=0, flip=False))
+    ((_, scene),) = scenes_of(BoundaryShards(made), train, teacher, [])
     np.testing.assert_allclose(scene.images, images.reshape(-1, 2) / 255, atol=1e-6)
     np.testing.assert_array_equal(scene.labels, labels)
     assert 0 < len(scene.samples) <= 80
@@ -899,7 +888,7 @@ def test_the_records_of_seeds_and_histograms_add_up(project):
     manifest = json.loads((project / "data/bss/manifest.json").read_text())
     rows = list(csv.DictReader((project / "reports/seeds.csv").open(newline="")))
     assert len(rows) == 2 * 3 * 2
-    for name in ("margins", "distances"):
+    for name in ("probability_margins", "distances"):
         bins = list(csv.DictReader((project / f"reports/{name}.csv").open(newline="")))
         assert sum(int(each["samples"]) for each in bins) == manifest["totals"]["statuses"]["converged"]
     curves = list(csv.DictReader((project / "reports/curves.csv").open(newline="")))

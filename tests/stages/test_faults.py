@@ -413,7 +413,8 @@ def repository(prepared, tmp_path_factory):
     for name in ("pipeline", "stages"):
         shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "dvc.yaml", directory)
-    (directory / "data/raw").mkdir()
+    for name in ("raw", "code"):
+        (directory / "data" / name).mkdir()
     subprocess.run(["git", "init", "-q"], cwd=directory, check=True)
     subprocess.run([dvc(), "init", "-q"], cwd=directory, check=True)
     return directory

@@ -4,21 +4,19 @@ import os
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline.attack.dataset import SampleDataset
-from pipeline.core.files import file_digest
+from pipeline.attack import dataset as attack_dataset
 from pipeline.core.provenance import ROOT
 from pipeline.core.status import Status
-from pipeline.core.store import Store
-from pipeline.networks.weights import save_weights
 from pipeline.shards.format import columns_of
 from pipeline.shards.reader import BoundaryShards
-from tests.support.files import tiny_params, tiny_teacher
+from tests.support.files import sample_dataset
 from tests.support.helpers import in_memory
 
 pytestmark = pytest.mark.faults
@@ -46,12 +44,9 @@ def values_of(view, start):
     return values
 
 
-class Found:
-    """In the place of a search: what it would have found."""
-
-    @staticmethod
-    def shard_values(train, block):
-        return values_of(block.view, block.start)
+def found(search, train, block, views, attack):
+    """In the place of `shard_values`: what a search would have found."""
+    return values_of(block.view, block.start)
 
 
 def write_all(directory):
@@ -59,12 +54,11 @@ def write_all(directory):
     images = np.zeros((IMAGES, *SHAPE), np.uint8)
     names = tuple(map(str, range(CLASSES)))
     train = in_memory(images, np.arange(IMAGES) % CLASSES, names, (0.5,) * 3, (0.25,) * 3)
-    params = tiny_params({"attack.views": VIEWS, "attack.rows_per_shard": BLOCK})
-    teacher = directory / "teacher.safetensors"
-    save_weights(tiny_teacher(), teacher)
-    dataset = SampleDataset(train, params.dataset, params.attack, file_digest(teacher), Store(directory / "store"))
-    for _ in dataset.make(Found, dataset.missing()):
-        pass
+    changes = {"attack.views": VIEWS, "attack.rows_per_shard": BLOCK, "views.flip": False}
+    dataset = sample_dataset(directory, train, changes)
+    with mock.patch.object(attack_dataset, "shard_values", found):
+        for _ in dataset.make(None, dataset.missing()):
+            pass
     dataset.publish(directory / "bss")
 
 
@@ -82,7 +76,8 @@ PEAK = """
 import sys
 from pathlib import Path
 import tests.stages.test_load
-tests.stages.test_load.tiny_teacher()  # torch takes its memory
+from tests.support.files import tiny_teacher
+tiny_teacher()  # torch takes its memory
 def resident(name):
     return int(Path('/proc/self/status').read_text().split(name + ':')[1].split()[0]) / 1024
 directory, before = Path(sys.argv[1]), resident('VmRSS')

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import sys
 import zipfile
 
 import numpy as np
@@ -95,7 +96,7 @@ def test_another_seed_and_another_method_train_only_what_is_new(clone):
 
 
 def test_a_comment_in_the_search_keeps_the_shards_and_an_edit_does_not(clone):
-    search = clone / "pipeline/newton.py"
+    search = clone / "pipeline/search/newton.py"
     original = search.read_text()
     search.write_text(original + "\n# Only a comment.\n")
     assert "(0 computed, 6 reused)" in repro(clone, "attack")
@@ -154,20 +155,41 @@ def test_a_bad_parameter_stops_the_run_and_keeps_what_is_published(clone):
     assert "Running stage" not in repro(clone, "attack")
 
 
-def test_an_experiment_is_run_with_what_it_needs_and_then_cached(tmp_path):
+def trained(directory):
+    """When each student that is kept was written."""
+    return {path: path.stat().st_mtime_ns for path in (directory / ".work/fits").rglob("weights.safetensors")}
+
+
+def test_an_experiment_needs_the_teacher_alone_and_trains_nothing_twice(tmp_path):
     directory = tmp_path / "project"
     tiny = {"attack.views": 1, "teacher.network": "resnet8w4", "teacher.training.epochs": 4, "training.epochs": 2}
     new_project(directory, tiny)
     (directory / "experiments/methods.yaml").write_text("title: Mine\nvalues: {methods: [original, at], seeds: 2}\n")
-    target = "experiments/dvc.yaml:experiment@methods"
-    output = repro(directory, target)
+    command = [sys.executable, "-m", "stages.experiment", "experiments/methods.yaml"]
+    code, output = run_in(directory, command)
+    assert code != 0
+    assert "data/prepared" in output
+    output = repro(directory, "teacher")
     assert "Running stage 'teacher'" in output
-    assert "Running stage 'attack'" not in output  # it makes samples of its own
+    assert "Running stage 'attack'" not in output  # an experiment makes samples of its own
+    before = trained(directory)
+
+    code, output = run_in(directory, command)
+    assert code == 0, output
+    assert "wrote reports/experiments/methods: results.json, table.md (4 students)" in output
     table = (directory / "reports/experiments/methods/table.md").read_text()
     assert [line.split(" | ")[:2] for line in table.splitlines()[2:4]] == [["| original", "2"], ["| at", "2"]]
-    assert "didn't change" in repro(directory, target)
-    assert "Running stage 'experiment" not in repro(directory)  # which runs the pipeline alone
+    first = trained(directory)
+    assert before.items() <= first.items()
+    assert len(first) - len(before) == 4
+
+    assert run_in(directory, command)[0] == 0
+    assert trained(directory) == first
+    assert (directory / "reports/experiments/methods/table.md").read_text() == table
+    assert "experiment" not in dvc(directory, "stage", "list")  # `dvc repro` runs the pipeline alone
     change_params(directory, {"method.at.at.weight": 2})
-    again = repro(directory, target)
-    assert "Running stage 'experiments/dvc.yaml:experiment@methods'" in again
-    assert "Running stage 'teacher'" not in again
+    assert "Running stage" not in repro(directory, "teacher")
+    assert run_in(directory, command)[0] == 0
+    again = trained(directory)
+    assert first.items() <= again.items()
+    assert len(again) - len(first) == 2  # those of `at` alone
