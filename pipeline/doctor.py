@@ -65,7 +65,7 @@ def examine(folder: Path, params_path: Path) -> Iterator[Line]:
         yield from disk(folder, params)
     yield from _locks(folder)
     yield from _timings(folder)
-    yield from _dvc(folder)
+    yield from _dvc(folder, params)
 
 
 def _packages() -> Iterator[Line]:
@@ -171,7 +171,7 @@ def _timings(folder: Path) -> Iterator[Line]:
         yield Line("ok", name, f"took {record.seconds:,.1f} s when it last had work: {record.said}")
 
 
-def _dvc(folder: Path) -> Iterator[Line]:
+def _dvc(folder: Path, params: Params | None) -> Iterator[Line]:
     """Say what `dvc status` says of the stages."""
     program = Path(sys.executable).with_name("dvc")
     command = str(program) if program.is_file() else shutil.which("dvc")
@@ -182,6 +182,9 @@ def _dvc(folder: Path) -> Iterator[Line]:
         return
     if not (folder / ".dvc").is_dir():
         yield Line("note", "DVC", "this folder is no DVC repository: git init && dvc init, or run stages alone")
+        return
+    if params is not None and not (folder / params.code).is_dir():
+        yield Line("problem", "code", f"{params.code} does not exist, and DVC looks at it: mkdir -p {params.code}")
         return
     try:
         status = subprocess.run(

@@ -36,7 +36,6 @@ def main(experiment: Path, params_path: Path, prepared: Path, teacher: Path, out
 
     \b
     Example: python -m stages.experiment experiments/methods.yaml
-             dvc repro experiments/dvc.yaml:experiment@methods
     """
     params, wanted = load_params(params_path), load_experiment(experiment)
     out = out or Path("reports/experiments") / experiment.stem

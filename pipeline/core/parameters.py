@@ -197,6 +197,8 @@ class Method(Section):
         if not isinstance(values, dict):
             return values
         losses, problems = {}, list[InitErrorDetails]()
+        if "source" not in values:
+            problems.append(InitErrorDetails(type="missing", loc=("source",), input=values))
         for name, given in values.items():
             if name == "source" or given is None:
                 continue

@@ -110,7 +110,7 @@ def search_path(logits_of: LogitsFunction, image: Tensor, base: int, target: int
         seen.append(x.detach().clone())
         return logits_of(x)
 
-    find_boundary(watched, image[None], torch.tensor([base]), torch.tensor([target]))
+    find_boundary(watched, image[None], torch.tensor([base]), torch.tensor([target]), quantise=True)
     return torch.cat(seen)
 
 

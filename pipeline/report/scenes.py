@@ -106,7 +106,7 @@ def _second_sample(teacher: Classifier, example: Example) -> tuple[Tensor, int] 
     base = torch.tensor([example.base])
     for target in example.logits.argsort(descending=True):
         if int(target) not in (example.base, example.target):
-            found = find_boundary(teacher, example.image[None], base, target[None])
+            found = find_boundary(teacher, example.image[None], base, target[None], quantise=True)
             if int(found.status[0]) == Status.CONVERGED:
                 return example.image + found.perturbation[0], int(target)
     return None

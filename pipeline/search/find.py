@@ -22,6 +22,7 @@ def find_boundary(
     tolerance: float = TOLERANCE,
     max_gradients: int = 20,
     batch_size: int = 256,
+    quantise: bool = False,
 ) -> SearchResult:
     """Find a sample near each image on the decision boundary between two classes of a model.
 
@@ -37,6 +38,7 @@ def find_boundary(
         tolerance: the largest probability margin tanh(|m| / 2) of a converged sample, m being the logit margin.
         max_gradients: gradient evaluations for each image.
         batch_size: images per pass.
+        quantise: round perturbations to 8 bits, as shards store them.
 
     Raises:
         ValueError: the arguments do not fit each other, or images are outside [0, 1].
@@ -53,7 +55,7 @@ def find_boundary(
         logits = logits_in_batches(model, images, batch_size)
         base = logits.argmax(1) if base is None else base
         target = logits.scatter(1, base[:, None], -torch.inf).argmax(1) if target is None else target
-        return NewtonSearch(max_gradients=max_gradients, quantise=False)(
+        return NewtonSearch(max_gradients=max_gradients, quantise=quantise)(
             Problem(
                 images=images,
                 base=base,

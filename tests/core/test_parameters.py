@@ -62,11 +62,6 @@ def test_unknown_losses_are_named_with_those_that_are_known(name):
     assert f"method.bss.{name}: unknown loss; known here: at, bss, dkd, fitnet, fsp, hinton, rkd, own." in message
 
 
-@pytest.mark.parametrize("key", MOVED)
-def test_a_parameter_that_was_moved_is_refused_with_its_new_name(key):
-    assert f"{key}: is called {MOVED[key]} now" in refusal({key: 1})
-
-
 @pytest.mark.parametrize("key", ["attack", "attack.views", "teacher.training.epochs", "method.bss.source", "seeds"])
 def test_missing_keys_are_named(key):
     assert f"{key}: missing" in refusal({key: ...})

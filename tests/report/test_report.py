@@ -1,6 +1,7 @@
 """The report: what it says, draws and shows, against independent oracles; and the page in a browser."""
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -572,7 +573,7 @@ def test_the_amplified_perturbation_reaches_black_or_white_and_zero_is_grey(data
     example = typical_examples(shards, train, 1)[0]
     perturbation = np.asarray(Image.open(io.BytesIO(list(pictures(example))[2])))
     assert perturbation.min() == 0 or perturbation.max() == 255
-    still = example._replace(sample=example.image)
+    still = dataclasses.replace(example, sample=example.image)
     assert amplification(still) == 1
     assert {*np.asarray(Image.open(io.BytesIO(list(pictures(still))[2]))).ravel()} == {128}
 

@@ -98,8 +98,16 @@ def test_what_dvc_would_run_is_told(tmp_path):
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     (tmp_path / "dvc.yaml").write_text("stages:\n  first:\n    cmd: echo\n    deps: [params.yaml]\n")
     write_params(tmp_path / "params.yaml", {"dataset.path": "."})
-    command = [sys.executable, "-m", "stages.doctor"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    missing = doctor_in(tmp_path)
+    assert missing.returncode == 1
+    assert "data/code does not exist, and DVC looks at it: mkdir -p data/code" in missing.stdout
+    (tmp_path / "data/code").mkdir(parents=True)
+    result = doctor_in(tmp_path)
     assert result.returncode == 0, result.stdout
     assert "to run: first: dvc repro" in result.stdout
+
+
+def doctor_in(directory):
+    command = [sys.executable, "-m", "stages.doctor"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)

@@ -1,6 +1,6 @@
 """Makes the golden datasets of the current format version: python -m tests.support.make_golden DIRECTORY.
 
-They are made once for a version and then kept as they are; tests/test_golden.py says that they stay readable.
+They are made once for a version and then kept as they are; tests/shards/test_golden.py says that they stay readable.
 """
 
 import hashlib
