@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import StringIO
 from typing import Any
 
@@ -41,6 +41,32 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: 
     rule = "|" + "---|" * words + "---:|" * (len(header) - words)
     lines = (f"| {' | '.join(cells)} |" for cells in rows)
     return "\n".join([f"| {' | '.join(header)} |", rule, *lines])
+
+
+def filled(
+    package: str, template: str, values: Mapping[str, Any], filters: Mapping[str, Callable[[Any], str]], html: bool
+) -> str:
+    """Return a Jinja template of a package, filled in; a name that it uses and `values` lack is an error.
+
+    Args:
+        package: as `pipeline.report`.
+        template: name of the file beside the package's modules.
+        values: by name.
+        filters: by name.
+        html: escape all values.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # imported here: only those who publish need it
+
+    environment = Environment(
+        loader=PackageLoader(package, "."),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(filters)
+    return environment.get_template(template).render(values)
 
 
 def csv_text(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.core.files import write_atomically
 from pipeline.core.parameters import Card
 from pipeline.core.status import Status
-from pipeline.core.text import markdown_table
+from pipeline.core.text import filled, markdown_table
 from pipeline.publish.croissant import croissant_text
 from pipeline.shards.format import MANIFEST, SHARD_FILES
 from pipeline.shards.manifest import Manifest, columns_in_order
@@ -80,40 +80,34 @@ def readme_text(manifest: Manifest, card: Card, spread: Quantiles | None) -> str
         card: what is stated of the images; it may hold any characters, none of them becomes markup.
         spread: of the converged samples, None if there are none.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # imported here: only those who publish need it
-
-    environment = Environment(
-        loader=PackageLoader("pipeline.publish", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    # A JSON value in one line is also a YAML value, whatever characters it holds.
-    environment.filters["tojson_line"] = lambda value: json.dumps(value, ensure_ascii=False)
-    environment.filters["escaped"] = _escaped
-    return environment.get_template("card.md.j2").render(
-        manifest=manifest,
-        metadata=_metadata(manifest, card),
-        title=card.title or TITLE,
-        summary=_summary(manifest),
-        afterwards="".join(text for name, text in HOW_COMBINED.items() if manifest.parameters.get(name) is not None),
-        parameters=json.dumps(manifest.parameters, indent=2, sort_keys=True),
-        origin=_origin(manifest),
-        columns=_columns(manifest),
-        counts=_counts(manifest),
-        statuses=_statuses(manifest),
-        quantiles=None if spread is None else _quantiles(spread),
-        embedded="image" in manifest.columns,
-        first_shard=shards_in_order(manifest)[0].name,
-        stated={
+    values = {
+        "manifest": manifest,
+        "metadata": _metadata(manifest, card),
+        "title": card.title or TITLE,
+        "summary": _summary(manifest),
+        "afterwards": "".join(text for name, text in HOW_COMBINED.items() if manifest.parameters.get(name) is not None),
+        "parameters": json.dumps(manifest.parameters, indent=2, sort_keys=True),
+        "origin": _origin(manifest),
+        "columns": _columns(manifest),
+        "counts": _counts(manifest),
+        "statuses": _statuses(manifest),
+        "quantiles": None if spread is None else _quantiles(spread),
+        "embedded": "image" in manifest.columns,
+        "first_shard": shards_in_order(manifest)[0].name,
+        "stated": {
             "Licence of the images": card.licence,
             "Source of the images": card.source,
             "Terms of use": card.terms,
             "Published at": card.url,
         },
-        citation=CITATION,
-    )
+        "citation": CITATION,
+    }
+    return filled("pipeline.publish", "card.md.j2", values, {"escaped": _escaped, "one_line": _json_line}, html=False)
+
+
+def _json_line(value: Any) -> str:
+    """Return a JSON value in one line, which is also a YAML value, whatever characters it holds."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _metadata(manifest: Manifest, card: Card) -> dict[str, Any]:

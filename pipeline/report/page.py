@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+from pipeline.core.text import filled
 from pipeline.report.charts import Spec
 
 
@@ -88,17 +89,11 @@ def plots_page() -> str:
 
 
 def _filled(template: str, values: Mapping[str, Any]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    return filled("pipeline.report", template, {**values, "vega": _vega()}, {"data_url": _data_url}, html=True)
 
-    environment = Environment(
-        loader=PackageLoader("pipeline.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["data_url"] = lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return environment.get_template(template).render(values, vega=_vega())
+
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 @functools.cache
