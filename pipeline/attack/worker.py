@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.attack.columns import Block
 from pipeline.attack.dataset import SampleDataset
 from pipeline.core.errors import WorkerError
-from pipeline.core.parameters import Params, check_params
+from pipeline.core.parameters import Params, check_params, for_workers
 from pipeline.core.store import Store
 from pipeline.images.prepared import read_prepared
 from pipeline.machine.cluster import on_workers
@@ -50,7 +50,7 @@ def make_on_workers(
 ) -> Iterator[Block]:
     """Make shards as `SampleDataset.make` does, on the workers of a cluster: the same bytes, in any order."""
     job = ShardJob(
-        params=params.model_dump_json(),
+        params=for_workers(params),
         train=train.absolute(),
         teacher=teacher.absolute(),
         store=dataset.store.root.absolute(),

@@ -203,7 +203,7 @@ class Method(Section):
             if name == "source" or given is None:
                 continue
             try:
-                losses[name] = find_loss(name).Parameters.model_validate(given)
+                losses[name] = find_loss(str(name)).Parameters.model_validate(given)
             except ValidationError as error:
                 problems += [_with_place(each, name) for each in error.errors()]
             except ValueError as error:
@@ -331,6 +331,11 @@ def check_params(values: Any, source: str) -> Params:
         raise ParameterError(f"{source}: {in_words(error)}") from None
     trust_own_networks([params.teacher.network, *params.students])
     return params
+
+
+def for_workers(params: Params) -> str:
+    """Return parameters as JSON for `check_params` in a process that runs in another folder."""
+    return params.model_copy(update={"code": str(Path(params.code).absolute())}).model_dump_json()
 
 
 def in_words(error: ValidationError) -> str:

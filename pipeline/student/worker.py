@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from pipeline.core.errors import WorkerError
-from pipeline.core.parameters import Params, check_params
+from pipeline.core.parameters import Params, check_params, for_workers
 from pipeline.core.store import Store
 from pipeline.machine.cluster import on_workers
 from pipeline.machine.device import set_up_device
@@ -55,7 +55,7 @@ def fit_on_workers(
 ) -> Iterator[SeedRun]:
     """Train with workers until every run is finished in the store: each as in a process of its own, in any order."""
     job = FitJob(
-        params.model_dump_json(),
+        for_workers(params),
         inputs.absolute(),
         store.root.absolute(),
         threads_each(params.runtime, set_up_device(params.runtime)),

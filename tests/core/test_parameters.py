@@ -1,5 +1,6 @@
 """Parameters: what is refused, and in which words."""
 
+import json
 import math
 import re
 
@@ -8,7 +9,7 @@ from ruamel.yaml import YAML
 
 from pipeline.core.errors import ParameterError
 from pipeline.core.extensions import find_loss, known_losses
-from pipeline.core.parameters import MOVED, Section, check_params, load_params
+from pipeline.core.parameters import MOVED, Section, check_params, for_workers, load_params
 from pipeline.core.text import place_of
 from pipeline.training.term import Term
 from tests.support.files import ROOT, tiny_values, write_params
@@ -326,3 +327,18 @@ def test_the_methods_of_the_documentation_are_methods():
     for block in blocks:
         for name, method in YAML(typ="safe").load(block)["method"].items():
             assert check_params(tiny_values({f"method.{name}": method}), "METHODS.md").method[name].losses
+
+
+def test_a_loss_whose_name_is_no_text_is_refused():
+    values = tiny_values()
+    values["method"]["bss"][7] = {}
+    with pytest.raises(ParameterError, match=r"method\.bss\.7: unknown loss"):
+        check_params(values, "tiny")
+
+
+def test_workers_find_the_users_code_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = check_params(tiny_values({"code": "mine"}), "tiny")
+    sent = json.loads(for_workers(params))
+    assert sent["code"] == str(tmp_path / "mine")
+    assert check_params(sent, "sent").method == params.method
