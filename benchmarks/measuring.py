@@ -23,7 +23,7 @@ from pipeline.core.provenance import ROOT
 from pipeline.core.text import markdown_table
 from pipeline.images.pixels import pixels
 from pipeline.images.prepared import Prepared, content_digest, read_prepared
-from pipeline.machine.device import processor
+from pipeline.machine.processor import processor
 from pipeline.networks.classifier import Architecture, Classifier
 from pipeline.networks.fast import frozen
 from pipeline.networks.loading import Loaded

@@ -22,7 +22,7 @@ from pipeline.core.parameters import Params, load_params
 from pipeline.core.store import COPIES
 from pipeline.core.timings import read_records
 from pipeline.images.prepared import read_prepared
-from pipeline.machine.device import processor
+from pipeline.machine.processor import processor
 from pipeline.shards.format import columns_of
 
 NEEDED = ("torch", "torchvision", "h5py", "numpy", "pydantic", "safetensors", "lightning-fabric", "altair")
@@ -57,7 +57,7 @@ def examine(folder: Path, params_path: Path) -> Iterator[Line]:
     try:
         params = load_params(params_path)
         yield Line("ok", "parameters", f"{params_path}: {params.dataset.name}, teacher {params.teacher.network}")
-    except PipelineError as error:
+    except (PipelineError, ImportError) as error:
         yield Line("problem", "parameters", f"{error}")
     if params is not None:
         yield from _device(params)

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pipeline.core.provenance import code_digest
+
 LOSSES = Path(__file__).parents[1] / "losses"
 OWN_NAME = re.compile(r"(own\.[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\.([A-Za-z_]\w*)")
 _trusted_networks = set[str]()
@@ -77,6 +79,10 @@ def own_object(name: str) -> Any:
         raise ValueError(f"{match[1]} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found := getattr(module, match[2], None)):
         raise ValueError(f"{module.__file__} has no '{match[2]}'")
+    try:
+        code_digest(match[1])  # now, so that fingerprints are those of the code that runs
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{match[1]}, or what it imports, cannot be read: {error}") from None
     return found
 
 
@@ -88,8 +94,8 @@ def find_loss(name: str) -> type[Any]:
     """
     if is_own(name):
         found = own_object(name)
-        if not isinstance(found, type) or not hasattr(found, "Parameters"):
-            raise ValueError(f"'{name}' is no loss: derive it from pipeline.Term, with a section `Parameters`")
+        if not isinstance(found, type):
+            raise ValueError(f"'{name}' is no loss: derive a class from pipeline.Term")
         return found
     if name not in known_losses():
         raise ValueError(f"unknown loss; known here: {', '.join(known_losses())}, own.<module>.<class>")

@@ -203,7 +203,7 @@ class Method(Section):
             if name == "source" or given is None:
                 continue
             try:
-                losses[name] = find_loss(str(name)).Parameters.model_validate(given)
+                losses[name] = _parameters_of(str(name)).model_validate(given)
             except ValidationError as error:
                 problems += [_with_place(each, name) for each in error.errors()]
             except ValueError as error:
@@ -231,13 +231,22 @@ class Method(Section):
         return self
 
 
+def _parameters_of(loss: str) -> type[Section]:
+    """Return the section of a loss.
+
+    Raises:
+        ValueError: there is no such loss, or it has no section.
+    """
+    found = getattr(find_loss(loss), "Parameters", None)
+    if not isinstance(found, type) or not issubclass(found, Section):
+        raise ValueError(f"'{loss}' is no loss: derive it from pipeline.Term, its `Parameters` from pipeline.Section")
+    return found
+
+
 def _with_place(error: Any, name: str) -> InitErrorDetails:
     """Say of an error within a loss that it is there."""
-    place = (name, *error["loc"])
-    if "ctx" in error and "error" in error["ctx"]:  # what a validator raised
-        kind: Any = PydanticCustomError("value_error", "Value error, {reason}", {"reason": str(error["ctx"]["error"])})
-        return InitErrorDetails(type=kind, loc=place, input=error["input"])
-    return InitErrorDetails(type=error["type"], loc=place, input=error["input"], ctx=error.get("ctx", {}))
+    kind = PydanticCustomError(error["type"], "{reason}", {"reason": error["msg"]})
+    return InitErrorDetails(type=kind, loc=(name, *error["loc"]), input=error["input"])
 
 
 class Evaluation(Section):
@@ -365,7 +374,7 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     """Return the parameters that exist in a section."""
     model: type[BaseModel] = Params
     if location[:1] == ("method",):  # the method's name, then that of a loss
-        model, location = (find_loss(str(location[2])).Parameters, location[3:]) if len(location) > 2 else (Method, ())
+        model, location = (_parameters_of(str(location[2])), location[3:]) if len(location) > 2 else (Method, ())
     for part in location:
         annotation = model.model_fields[str(part)].annotation
         kinds = get_args(annotation) or (annotation,)

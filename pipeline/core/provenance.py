@@ -44,7 +44,6 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-@functools.cache
 def code_digest(*modules: str, alone: tuple[str, ...] = ()) -> str:
     """Return the digest of what modules do, with all project modules that they import.
 
@@ -73,16 +72,16 @@ def _digest_of(module: str, known: dict[str, str]) -> str:
 
 
 def _own_digest(module: str, known: dict[str, str]) -> str:
-    imports, shape = _content_of(module)
+    imports, shape = _content_of(module, path_of(module))
     # A name counts with the digest of the module that it comes from, so that the module's own name need not.
     names = sorted([name, bound, _digest_of(source, known)] for source, name, bound in imports)
     return hashlib.sha256(repr((names, shape)).encode()).hexdigest()
 
 
 @functools.cache
-def _content_of(module: str) -> tuple[list[tuple[str, str, str]], str]:
+def _content_of(module: str, path: Path) -> tuple[list[tuple[str, str, str]], str]:
     """Return what a module imports of the project, and the digest of the rest of it, as this process first saw it."""
-    tree = ast.parse(path_of(module).read_text())
+    tree = ast.parse(path.read_text())
     imports = list(_imports(module, tree))
     shape = _shape(_WithoutProjectImports().visit(tree))
     return imports, hashlib.sha256(repr(shape).encode()).hexdigest()
@@ -127,8 +126,10 @@ def _is_of_project(module: str) -> bool:
 def path_of(module: str) -> Path:
     """Return the file of a module, as `pipeline.core.files`, or of the user's, as `own.losses`."""
     package, *parts = module.split(".")
-    if package == "own":  # a package whose folder the parameters name
-        return Path(sys.modules["own"].__path__[0], *parts).with_suffix(".py")
+    if package == "own":  # a package whose folder the parameters name; it may have packages itself
+        place = Path(sys.modules["own"].__path__[0], *parts)
+        inside = place / "__init__.py"
+        return inside if parts and inside.is_file() else place.with_suffix(".py")
     return Path(ROOT, package, *parts).with_suffix(".py")
 
 
@@ -154,10 +155,10 @@ def _imports(module: str, tree: ast.AST) -> Iterator[tuple[str, str, str]]:
 
 def _sources_of(source: str, name: str, bound: str) -> Iterator[tuple[str, str, str]]:
     """Yield where a name comes from: a module, or through the `__init__` of a package, or a module itself."""
-    if path_of(source).is_file():
-        yield source, name, bound
-    elif path_of(f"{source}.{name}").is_file():
+    if path_of(f"{source}.{name}").is_file():
         yield f"{source}.{name}", "", bound
+    elif path_of(source).is_file():
+        yield source, name, bound
     else:
         for origin, inner, outer in _passed_on_by(source):
             if outer == name:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import platform
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -84,13 +82,3 @@ def one_cpu_thread() -> Iterator[None]:
 def search_batch(runtime: Runtime, device: torch.device) -> int:
     """Return samples per batch of the boundary search; large ones make a CPU ask for fresh memory in every layer."""
     return runtime.search_batch or (128 if device.type == "cpu" else 2048)
-
-
-def processor() -> str:
-    """Return the name of the CPU, as the system has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

@@ -74,7 +74,13 @@ def build(architecture: Architecture) -> Classifier:
     except ValueError as error:
         raise WeightsError(f"network '{name}': {error}") from None
     if is_own(name):
-        return _checked(Classifier(own_object(name)(channels, classes, architecture.image_shape), architecture))
+        try:
+            own = own_object(name)(channels, classes, architecture.image_shape)
+        except Exception as error:  # the user's code may raise anything
+            raise WeightsError(f"network '{name}': {type(error).__name__}: {one_line(error)}") from error
+        if not isinstance(own, nn.Module):
+            raise WeightsError(f"network '{name}': expected a torch module, got a {type(own).__name__}")
+        return _checked(Classifier(own, architecture))
     library, _, plain_name = name.partition(".")
     if library == "torchvision":
         return _checked(Classifier(_from_torchvision(plain_name, classes), architecture, 3))
@@ -107,7 +113,7 @@ def _checked(classifier: Classifier) -> Classifier:
     try:
         with torch.no_grad():
             shape = tuple(classifier.eval()(torch.zeros(1, *architecture.image_shape)).shape)
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except Exception as error:  # networks raise all kinds on images that they do not take
         reason = one_line(error)
         raise WeightsError(
             f"network '{architecture.network}' does not take images of {height}x{width} ({reason}): set "

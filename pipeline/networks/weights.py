@@ -147,7 +147,10 @@ class _Description(BaseModel):
     @model_validator(mode="after")
     def _is_whole(self) -> _Description:
         if not is_trusted(self.network):
-            raise ValueError(f"'{self.network}' runs code of yours: such a file is read where the parameters name it")
+            raise ValueError(
+                f"'{self.network}' runs code of yours: such a file is read where the parameters name it "
+                "(pipeline.load_params reads them)"
+            )
         check_network(self.network)
         if not len(self.mean) == len(self.std) == self.image_shape[0]:
             raise ValueError("mean and deviation must have a value for each channel")

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.core.parameters import Params
 from pipeline.core.text import leaves
-from pipeline.machine.device import processor
+from pipeline.machine.processor import processor
 from pipeline.shards.manifest import Manifest
 
 PACKAGES = ("boundary-distillation", "torch", "torchvision", "numpy", "h5py")

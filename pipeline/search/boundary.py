@@ -56,8 +56,7 @@ class Problem:
                 "expected images (R, C, H, W), base (R,) and target (R,), "
                 f"got {tuple(self.images.shape)}, {tuple(self.base.shape)} and {tuple(self.target.shape)}"
             )
-        if not bool(((self.images >= 0) & (self.images <= 1)).all()):  # False for NaN
-            raise ValueError(f"images must be in [0, 1], got {self.images.amin():.3g} to {self.images.amax():.3g}")
+        check_images(self.images)
         same = self.base == self.target
         if bool(same.any()):
             raise ValueError(f"base and target class are the same in row {int(same.int().argmax())}")
@@ -65,6 +64,14 @@ class Problem:
     def reference_logits(self, images: Tensor) -> Tensor:
         """Return the reference's logits (n, classes) of images (n, C, H, W), a batch at a time."""
         return logits_in_batches(self.reference, images, self.batch_size)
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse what are no images (R, C, H, W) of floating point in [0, 1]."""
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(f"expected images (R, C, H, W) of floating point, got {images.dtype} {tuple(images.shape)}")
+    if not bool(((images >= 0) & (images <= 1)).all()):  # False for NaN
+        raise ValueError(f"images must be in [0, 1], got {images.amin():.3g} to {images.amax():.3g}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from pipeline.search.boundary import TOLERANCE, LogitsFunction, Problem, SearchResult, logits_in_batches
+from pipeline.search.boundary import (
+    TOLERANCE,
+    LogitsFunction,
+    Problem,
+    SearchResult,
+    check_images,
+    logits_in_batches,
+)
 from pipeline.search.newton import NewtonSearch
 
 
@@ -51,6 +58,10 @@ def find_boundary(
         >>> found.status, found.perturbation.flatten()
         (tensor([0], dtype=torch.uint8), tensor([-0.4000,  0.0000]))
     """
+    check_images(images)
+    for name, classes in (("base", base), ("target", target)):
+        if classes is not None and classes.shape != (len(images),):
+            raise ValueError(f"expected {name} ({len(images)},), got {tuple(classes.shape)}")
     with _evaluated(model):
         logits = logits_in_batches(model, images, batch_size)
         base = logits.argmax(1) if base is None else base

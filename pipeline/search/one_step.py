@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -52,9 +52,8 @@ class OneStepSearch:
         moved = _of_length(images, self._step(problem), found.distance)
         delta, scale = as_ray(moved, quantise=True)
         stuck = (row_sum(moved.square()) == 0) & (found.status != Status.BASE_MISCLASSIFIED)
-        # A length is that of a sample only where the default search has found one.
         status = torch.where(found.status == Status.CONVERGED, Status.NOT_CONVERGED, found.status)
-        return conclude(
+        result = conclude(
             problem,
             delta=delta,
             delta_scale=scale,
@@ -63,6 +62,9 @@ class OneStepSearch:
             evaluations=found.evaluations + (self.direction == "fgsm"),
             forwards=found.forwards + 1,
         )
+        # A length is that of a sample only where the default search has found one.
+        lost = (found.status == Status.NOT_CONVERGED) & ~stuck
+        return replace(result, status=torch.where(lost, found.status, result.status))
 
     def _step(self, problem: Problem) -> Tensor:
         """Return a direction (R, C, H, W) of any length."""

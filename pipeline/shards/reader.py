@@ -106,10 +106,6 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
             values[name] = torch.from_numpy(array)
         return with_samples(values)
 
-    def rows_of(self, shard: ShardEntry) -> dict[str, Tensor]:
-        """Return all rows of one shard, by column, with their samples."""
-        return with_samples({n: torch.from_numpy(c) for n, c in self.read(shard, self.manifest.columns).items()})
-
     def read(self, shard: ShardEntry, columns: Iterable[str]) -> dict[str, NDArray[Any]]:
         """Return whole columns of one shard, as stored, except `index`, which is int64."""
         file = self._open(shard)

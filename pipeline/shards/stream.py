@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from pipeline.shards.manifest import ShardEntry
 from pipeline.shards.order import WINDOW_SHARDS, plan_epoch
-from pipeline.shards.reader import BoundaryShards
+from pipeline.shards.reader import BoundaryShards, with_samples
+
+ROWS_AT_A_TIME = 64  # whose samples are put together at once
 
 
 def _shared(value: int) -> Tensor:
@@ -81,7 +85,15 @@ class StreamedShards(IterableDataset[dict[str, Tensor]]):
             parts=self.world_size * workers,
         )
         for shards, order in windows:
-            parts = [self.shards.rows_of(shard) for shard in shards]
-            columns = {name: torch.cat([rows[name] for rows in parts]) for name in parts[0]}
-            for row in order.tolist():
-                yield {name: column[row] for name, column in columns.items()}
+            columns = self._columns_of(shards)
+            for start in range(0, len(order), ROWS_AT_A_TIME):
+                rows = torch.from_numpy(order[start : start + ROWS_AT_A_TIME])
+                some = with_samples({name: column[rows] for name, column in columns.items()})
+                for row in range(len(rows)):
+                    yield {name: column[row] for name, column in some.items()}
+
+    def _columns_of(self, shards: Sequence[ShardEntry]) -> dict[str, Tensor]:
+        """Return the stored columns of several shards; samples, four times as large, are made of a few rows."""
+        names = self.shards.manifest.columns
+        parts = [self.shards.read(shard, names) for shard in shards]
+        return {name: torch.from_numpy(np.concatenate([part.pop(name) for part in parts])) for name in names}

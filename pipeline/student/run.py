@@ -55,6 +55,8 @@ def fit_code(student: str, method: Method, search: str, teacher: str | None) -> 
     modules = [*CODE, SOURCE_CODE[method.source]]
     modules += [f"pipeline.losses.{name}" for name in method.losses if not is_own(name)]
     modules += own_modules(student, *method.losses, *filter(None, [teacher]))
+    if teacher is not None:
+        modules.append("pipeline.networks.fast")
     if _searches_online(method):
         modules.append(module_of(search))
     return code_digest(*dict.fromkeys(modules), alone=("pipeline.student.run",))
@@ -260,7 +262,7 @@ def _reads_of(
     """Return all that a fit follows from, beside architecture and seed."""
     network = None if teacher is None else teacher.model.architecture.network
     reads: dict[str, Any] = {
-        "method": method.model_dump(),
+        "method": method.model_dump(mode="json"),
         "training": params.training.model_dump(),
         "code": fit_code(architecture.network, method, params.search.name, network),
     }

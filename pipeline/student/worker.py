@@ -70,6 +70,7 @@ def fit_one(job: FitJob, wanted: SeedRun) -> SeedRun:
         WorkerError: the worker has other files or other code than the client.
     """
     torch.set_num_threads(job.threads)
+    _params(job)  # whose modules of the user are those that names mean: a worker may serve several projects
     if (
         _run(job, wanted.student, wanted.method).key(wanted.seed) != wanted.key
     ):  # what it has read may be of an earlier run

@@ -94,9 +94,16 @@ class Term(nn.Module):
 
 
 def statuses_of(losses: Mapping[str, Section]) -> tuple[Status, ...]:
-    """Return how the searches of the samples that losses use may have ended; none if they use no samples."""
-    found = (find_loss(name).statuses(parameters) for name, parameters in losses.items())
-    return tuple(dict.fromkeys(status for statuses in found for status in statuses))
+    """Return how the searches of the samples that losses use may have ended; none if they use no samples.
+
+    Raises:
+        ParameterError: two losses want samples of different kinds.
+    """
+    wanted = {name: find_loss(name).statuses(parameters) for name, parameters in losses.items()}
+    some = {name: statuses for name, statuses in wanted.items() if statuses}
+    if len({frozenset(statuses) for statuses in some.values()}) > 1:
+        raise ParameterError(f"losses {', '.join(some)}: use samples of different statuses, take one of them")
+    return next(iter(some.values()), ())
 
 
 def feature_layers(losses: Iterable[Section]) -> tuple[list[str], list[str]]:

@@ -53,6 +53,7 @@ def codes():
         **{f"shards {search}": lambda s=search: shard_code(s, "resnet8") for search in ("newton", "deepfool")},
         "original": lambda: fit_code("resnet8", method["original"], "newton", None),
         **{name: lambda n=name: fit_code("resnet8", method[n], "newton", None) for name in ("hinton", "bss", "dkd")},
+        "at": lambda: fit_code("resnet8", method["at"], "newton", "resnet8"),
         "bss online": lambda: fit_code("resnet8", method["bss_online"], "newton", "resnet8"),
         "comparison": lambda: comparison_code("resnet8", "resnet8"),
     }
@@ -64,7 +65,6 @@ def codes():
 
 def forget():
     """Let the next digests be those of a process that begins now."""
-    code_digest.cache_clear()
     provenance._content_of.cache_clear()
 
 
@@ -74,8 +74,8 @@ def unedited():
 
 
 SHARDS = {"shards newton", "shards deepfool"}
-FITS = {"teacher", "original", "hinton", "bss", "dkd", "bss online"}
-FROM_SHARDS = {"hinton", "bss", "dkd"}
+FITS = {"teacher", "original", "hinton", "bss", "dkd", "at", "bss online"}
+FROM_SHARDS = {"hinton", "bss", "dkd", "at"}
 SEARCHED = {*SHARDS, "bss online", "comparison"}
 ALL = SHARDS | FITS | {"comparison"}
 
@@ -148,7 +148,7 @@ EDITS = {
     "what a pixel is": Edit("images/pixels.py", "images.float() / 255", "images.float() / 256", ALL),
     "a network": Edit("networks/resnet.py", "F.avg_pool2d(x, 1, self.stride)", "F.max_pool2d(x, 1, self.stride)", ALL),
     "how a network is named": Edit("core/network_names.py", "match[2] or 16", "match[2] or 8", ALL),
-    "gradients in bfloat16": Edit("networks/fast.py", "model, 0.1)", "model, 0.2)", SEARCHED),
+    "gradients in bfloat16": Edit("networks/fast.py", "model, 0.1)", "model, 0.2)", SEARCHED | {"at"}),
     "threads": Edit("machine/device.py", "torch.set_num_threads(1)", "torch.set_num_threads(2)", ALL),
     "the measure": Edit("evaluate/compare.py", "max_gradients=20", "max_gradients=30", {"comparison"}),
     "AngSim": Edit("evaluate/similarity.py", ".clamp(-1, 1)", ".clamp(0, 1)", {"comparison"}),

@@ -1063,3 +1063,18 @@ def test_a_step_that_cannot_be_taken_is_a_bad_gradient(search):
     for values in (result.delta_scale, result.boundary_logits, result.margin, result.distance):
         assert torch.isfinite(values).all()
     assert (result.status != Status.CONVERGED).all()
+
+
+@pytest.mark.parametrize("direction", ["random", "fgsm"])
+def test_a_step_where_the_default_search_found_nothing_counts_as_nothing_found(direction):
+    model, images = tiny_resnet(5), random_images(6, 64)
+    base, target = top_two(model, images)
+    found = newton(model, images, base, target, max_gradients=1)
+    lost = found.status == Status.NOT_CONVERGED
+    assert 0 < lost.sum() < len(lost)
+    result = one_step(model, images, base, target, direction=direction, draw=(0,), max_gradients=1, tolerance=0.02)
+    stuck = result.status == Status.BAD_GRADIENT
+    assert (result.status[lost & ~stuck] == Status.NOT_CONVERGED).all()
+    judged = judge(result.boundary_logits, base, target, 0.02)
+    done = (found.status == Status.CONVERGED) & ~stuck
+    assert torch.equal(result.status[done], judged[done])

@@ -7,10 +7,14 @@ import sys
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from pipeline.core import provenance
 from pipeline.core.errors import ParameterError, WeightsError
 from pipeline.core.extensions import find_loss, own_modules
 from pipeline.core.parameters import check_params
+from pipeline.core.provenance import code_digest
+from pipeline.networks.classifier import Architecture, build
 from pipeline.networks.weights import load_weights
+from pipeline.training.term import statuses_of
 from tests.support.files import finish, fork_stage, tiny_values, write_params
 
 NETS = '''
@@ -180,6 +184,72 @@ def test_what_is_wrong_is_named(tmp_path, name):
     changes, message = WRONG[name]
     with pytest.raises(ParameterError, match=re.escape(message)):
         check_params(tiny_values({"code": str(tmp_path / "mine")} | changes), "tiny")
+
+
+NETWORKS = {
+    "other arguments": ("def net(channels): ...", "TypeError: net() takes 1 positional argument"),
+    "no module": ("def net(channels, classes, image_shape): return 7", "expected a torch module, got a int"),
+    "a tuple": (
+        "from torch import nn\n\n\nclass Two(nn.Module):\n    def forward(self, x): return x, x\n\n\n"
+        "def net(channels, classes, image_shape): return Two()",
+        "does not take images of 8x8",
+    ),
+    "another number of classes": (
+        "from torch import nn\n\n\ndef net(channels, classes, image_shape):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))",
+        "is no classifier: its output has shape (1, 3)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_that_is_none_is_refused(tmp_path, name):
+    text, message = NETWORKS[name]
+    (tmp_path / "broken.py").write_text(text)
+    check_params(tiny_values({"code": str(tmp_path), "students": ["own.broken.net"]}), "tiny")
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        build(Architecture("own.broken.net", 4, (1, 8, 8), (0.5,), (0.25,)))
+
+
+def test_a_loss_without_a_section_is_refused(tmp_path):
+    (tmp_path / "losses.py").write_text("class Mine:\n    Parameters = dict\n")
+    method = {"source": "shards", "own.losses.Mine": {}}
+    with pytest.raises(ParameterError, match=r"'own\.losses\.Mine' is no loss"):
+        check_params(tiny_values({"code": str(tmp_path), "method.mine": method}), "tiny")
+
+
+def test_a_users_package_counts_whole(tmp_path):
+    """What its `__init__` defines, too; as it was when it was imported."""
+    package = tmp_path / "nets"
+    package.mkdir()
+    (package / "__init__.py").write_text("from own.nets.body import make\n\nWIDTH = 8\n")
+    (package / "body.py").write_text("def make(channels, classes, image_shape): ...\n")
+
+    def digest():
+        for name in [name for name in sys.modules if name.startswith("own")]:
+            del sys.modules[name]
+        provenance._content_of.cache_clear()
+        check_params(tiny_values({"code": str(tmp_path), "students": ["own.nets.make"]}), "tiny")
+        return code_digest(*own_modules("own.nets.make"))
+
+    before = digest()
+    edit(package / "__init__.py", "WIDTH = 8", "WIDTH = 4")
+    assert code_digest("own.nets") == before  # this process runs what it imported
+    other = digest()
+    assert other != before
+    edit(package / "body.py", "...", "pass")
+    assert digest() != other
+
+
+def test_losses_that_want_samples_of_different_kinds_are_refused(tmp_path):
+    (tmp_path / "losses.py").write_text(
+        "from pipeline import Section, Status, Term\n\n\nclass Mine(Term):\n    class Parameters(Section): ...\n\n"
+        "    @classmethod\n    def statuses(cls, parameters): return (Status.NOT_CONVERGED,)\n"
+    )
+    both = {**tiny_values()["method"]["bss"], "own.losses.Mine": {}}
+    params = check_params(tiny_values({"code": str(tmp_path), "method.mine": both}), "tiny")
+    with pytest.raises(ParameterError, match=r"bss, own\.losses\.Mine: use samples of different statuses"):
+        statuses_of(params.method["mine"].losses)
 
 
 def test_a_strangers_file_may_not_name_the_users_code(tmp_path, project):
