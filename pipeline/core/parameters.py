@@ -303,14 +303,14 @@ class Params(Section):
         return self
 
 
-def load_params(path: Path) -> Params:
+def load_params(path: Path | str) -> Params:
     """Read and check a parameter file.
 
     Raises:
         ParameterError: the file is missing or no YAML, or a parameter is not as declared; names the key, what was
             expected and what came.
     """
-    return check_params(read_yaml(path), str(path))
+    return check_params(read_yaml(Path(path)), str(path))
 
 
 def read_yaml(path: Path) -> Any:

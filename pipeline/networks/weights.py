@@ -31,15 +31,15 @@ CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights") 
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and DataParallel
 
 
-def save_weights(model: Classifier, path: Path) -> None:
+def save_weights(model: Classifier, path: Path | str) -> None:
     """Write the network's state and the classifier's architecture to a safetensors file, atomically."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
     # One entry only: safetensors writes several in any order.
-    write_atomically(path, save(state, {METADATA: json.dumps(model.architecture._asdict())}))
+    write_atomically(Path(path), save(state, {METADATA: json.dumps(model.architecture._asdict())}))
 
 
 @one_cpu_thread()
-def load_weights(path: Path, architecture: Architecture | None = None) -> Classifier:
+def load_weights(path: Path | str, architecture: Architecture | None = None) -> Classifier:
     """Read a classifier from a safetensors file, with one CPU thread: forks of this process may need several.
 
     Args:
@@ -49,6 +49,7 @@ def load_weights(path: Path, architecture: Architecture | None = None) -> Classi
     Raises:
         WeightsError: the file is missing, no safetensors file (a pickle, say), or does not fit the architecture.
     """
+    path = Path(path)
     if architecture is None:
         architecture = read_architecture(path)
     if architecture is None:
