@@ -20,7 +20,7 @@ PAGES = [
 ]
 COMMANDS = ("bash", "sh", "shell", "console", "python", "yaml")
 # Pages whose blocks other tests run: they need a remote, or a file of their own.
-ELSEWHERE = {"docs/SHARING.md": "test_sharing.py", "docs/FORMAT.md": "test_golden.py"}
+ELSEWHERE = {"docs/SHARING.md": "publish/test_sharing.py", "docs/FORMAT.md": "shards/test_golden.py"}
 
 
 STORIES = {"docs/TUTORIAL.md"}  # whose blocks build on what the ones before changed; others start from the parameters
