@@ -643,7 +643,7 @@ def test_seeds_that_ask_for_endless_memory_are_one_line(project, monkeypatch):
     def ask(*arguments):
         torch.empty(1 << 50)
 
-    monkeypatch.setattr(training._Run, "_epoch", ask)
+    monkeypatch.setattr(training.TrainingRun, "train_epoch", ask)
     for workers in (1, 2):
         write_params(project / "params.yaml", {"runtime.workers": workers, "runtime.threads": workers})
         result = run_stage(*student("original"), "--out", "new")
