@@ -54,7 +54,6 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
         if not weights.is_file():
             raise DataError(f"{weights}: no such weights file; train it with: python -m stages.student --all")
     with lock(WORK / "evaluate.lock", say):
-        worked = evaluation.unfinished(list(runs.values())) > 0
         compared = evaluation.compare_all(list(runs.values()))
         with atomic_directory(out, "*.json", "pairs.h5") as directory:
             write_json(directory / "teacher.json", {"accuracy": evaluation.teacher_accuracy()})
@@ -67,7 +66,7 @@ def main(params_path: Path, prepared: Path, teacher: Path, students: Path, out: 
                 records = [{"seed": seed} | compared.figures(runs[name, seed]) for seed in range(params.seeds)]
                 write_json(directory / f"{name}.json", {"seeds": records})
     line = f"wrote {out}: {len(runs)} students on {len(test.labels)} test images, {compared.common.sum()} common pairs"
-    done("evaluate", line, begin, worked)
+    done("evaluate", line, begin, compared.made > 0)
 
 
 if __name__ == "__main__":

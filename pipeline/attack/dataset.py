@@ -227,6 +227,8 @@ def make_samples(dataset: SampleDataset, teacher: Classifier, params: Params, bl
     Raises:
         WorkerError: a fork was killed.
     """
+    if not blocks:
+        return  # to fold a network takes a second
     device = set_up_device(params.runtime)
     with one_cpu_thread():  # forks may follow
         search = search_of(teacher, params.search, search_batch(params.runtime, device), device)

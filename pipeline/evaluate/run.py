@@ -52,6 +52,8 @@ class Compared(NamedTuple):
     """By weights file."""
     common: NDArray[np.bool_]
     """(M,) images whose pair of perturbations all of them have."""
+    made: int
+    """Comparisons that were not finished before."""
 
     def figures(self, weights: Path) -> dict[str, Any]:
         """Return the figures of a student: see `figures_of`."""
@@ -75,33 +77,27 @@ class Comparisons:
 
     def compare_all(self, students: Sequence[Path]) -> Compared:
         """Compare the students of weights files, or find the finished comparisons."""
-        with tqdm(total=len(students), desc="evaluate", unit="student", disable=None, leave=False) as bar:
-            for done in self.compare_missing(students):
-                bar.update(done - bar.n)
-        comparisons = {weights: read_comparison(self.store.path(self._key(weights))) for weights in students}
-        return Compared(comparisons, common_pairs(comparisons.values()))
-
-    def compare_missing(self, students: Sequence[Path]) -> Iterator[int]:
-        """Compare the students without a finished comparison; yields how many are finished, as they are."""
         missing = [weights for weights in dict.fromkeys(students) if self.store.find(self._key(weights)) is None]
-        done = len(students) - len(missing)
-        yield done
-        if not missing:
+        with tqdm(total=len(students), desc="evaluate", unit="student", disable=None, leave=False) as bar:
+            bar.update(len(students) - len(missing))
+            for _ in self._compare_each(missing):
+                bar.update()
+        comparisons = {weights: read_comparison(self.store.path(self._key(weights))) for weights in students}
+        return Compared(comparisons, common_pairs(comparisons.values()), len(missing))
+
+    def _compare_each(self, students: Sequence[Path]) -> Iterator[int]:
+        """Compare students; yields the number of each when it is finished."""
+        if not students:
             return
         side = self._of_teacher()
         workers = side_by_side(self.runtime, self.device)
-        tasks = [partial(self._compare, side, weights) for weights in missing]
+        tasks = [partial(self._compare, side, weights) for weights in students]
         if workers > 1:
-            for number, _ in enumerate(run_in_forks(tasks, workers)):
-                yield done + number + 1
+            yield from run_in_forks(tasks, workers)
         else:
             for number, task in enumerate(tasks):
                 task(0)
-                yield done + number + 1
-
-    def unfinished(self, students: Sequence[Path]) -> int:
-        """Return how many students have no finished comparison."""
-        return sum(self.store.find(self._key(weights)) is None for weights in dict.fromkeys(students))
+                yield number
 
     @one_cpu_thread()
     def teacher_accuracy(self) -> float:
