@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from pipeline.core.errors import ParameterError, PipelineError
+from pipeline.core.errors import ParameterError, PipelineError, known_problem
 from pipeline.core.text import one_line
 from pipeline.core.timings import RunRecord, record_run
 
@@ -76,7 +76,7 @@ def errors_in_one_line(function: Callable[..., Any] | None = None, *, interrupte
             _complain(f"error: {error}")
             sys.exit(EXIT_BAD_PARAMETERS if isinstance(error, ParameterError) else EXIT_FAILED)
         except (MemoryError, RuntimeError) as error:
-            known = None if debug else _known(error)
+            known = None if debug else known_problem(error)
             if known is None:
                 raise
             _complain(f"error: {known} ({one_line(error)[:200]})")
@@ -91,16 +91,6 @@ def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.01)
     else:
         sys.__unraisablehook__(dropped)
-
-
-def _known(error: MemoryError | RuntimeError) -> str | None:
-    """Return what an error of torch means, of those that users can do something about; it has no types for them."""
-    text = f"{type(error).__name__}: {error}"
-    if any(sign in text for sign in ("MemoryError", "can't allocate memory")):
-        return "out of memory: lower training.batch_size or runtime.search_batch"
-    if any(sign in text for sign in ("gloo", "NCCL", "DistNetworkError", "DistBackendError")):
-        return "another process of this training is gone: run again, what is finished is kept"
-    return None
 
 
 def _complain(message: str) -> None:

@@ -12,6 +12,7 @@ from pipeline.core.files import write_atomically
 from pipeline.core.parameters import load_params
 from pipeline.core.store import lock
 from pipeline.experiment.figure import experiment_svg
+from pipeline.experiment.records import RunRecords
 from pipeline.experiment.results import results_table
 from pipeline.experiment.run import ExperimentRun, Materials
 from pipeline.experiment.spec import load_experiment
@@ -25,14 +26,25 @@ from stages.cli import EXIT_CODES, PATH, WORK, errors_in_one_line, params_option
 @path_option("--prepared", "data/prepared", "Directory of the prepared splits.")
 @path_option("--teacher", "models/teacher.safetensors", "Weights of the teacher.")
 @click.option("--out", type=PATH, help="Directory for the results.  [default: reports/experiments/NAME]")
+@click.option("--runs", type=PATH, help="Directory of finished runs, a small file each.  [default: OUT/runs]")
+@click.option("--any-code", is_flag=True, help="Take finished runs that other code made, too; the table says so.")
 @errors_in_one_line
-def main(experiment: Path, params_path: Path, prepared: Path, teacher: Path, out: Path | None) -> None:
+def main(
+    experiment: Path,
+    params_path: Path,
+    prepared: Path,
+    teacher: Path,
+    out: Path | None,
+    runs: Path | None,
+    any_code: bool,
+) -> None:
     """Train students under parameters that vary, and compare them.
 
     EXPERIMENT is a file as those in experiments/; its parameters are laid over those of --params. Writes results.json
     (every run), table.md (mean and standard deviation over seeds, and differences with their standard errors; bold
-    where they exceed two) and, for axes of numbers, figure.svg. Finished samples, students and comparisons are kept in
-    .work: a run that was stopped goes on where it was.
+    where they exceed two) and, for axes of numbers, figure.svg. Each run is put into a small file as it finishes, and
+    runs that are there are not made again: an experiment that was stopped goes on where it was, also on another machine
+    to which the files were carried. A run that fails is told, and the others go on.
 
     \b
     Example: python -m stages.experiment experiments/methods.yaml
@@ -50,15 +62,15 @@ def main(experiment: Path, params_path: Path, prepared: Path, teacher: Path, out
     if max(params.runtime.devices, int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ParameterError("runtime.devices: an experiment trains each run on one device; set it to 1")
     with lock(WORK / "experiment.lock", say), lock(WORK / "shards.lock", say):
-        results = ExperimentRun.of(wanted, params, materials, say).results()
+        results = ExperimentRun.of(wanted, params, materials, RunRecords(runs or out / "runs"), any_code, say).results()
     table = results_table(results)
     write_atomically(out / "results.json", results.model_dump_json(indent=1) + "\n")
     write_atomically(out / "table.md", table)
     if results.figure:
         write_atomically(out / "figure.svg", experiment_svg(results, results.figure))
-    runs = sum(len(draw) for cell in results.cells for draw in cell.runs)
+    count = sum(len(draw) for cell in results.cells for draw in cell.runs)
     click.echo(
-        f"{table}\nwrote {out}: results.json, table.md{', figure.svg' if results.figure else ''} ({runs} students)"
+        f"{table}\nwrote {out}: results.json, table.md{', figure.svg' if results.figure else ''} ({count} students)"
     )
 
 

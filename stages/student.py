@@ -10,7 +10,7 @@ from statistics import mean
 import click
 from tqdm import tqdm
 
-from pipeline.core.errors import ParameterError
+from pipeline.core.errors import ParameterError, TrainingError
 from pipeline.core.files import atomic_directory, check_replaceable, copy_file, write_atomically, write_json
 from pipeline.core.network_names import check_network
 from pipeline.core.parameters import Params, load_params
@@ -58,6 +58,7 @@ def main(
 
     Writes seed-N.safetensors, and curves.csv and metrics.json (accuracy on the validation split, fraction). Finished
     seeds are kept in .work/fits: another seed trains only that one, and `dvc repro` after --all trains nothing again.
+    With --all, a student that cannot be trained is told and left out, and the exit code is 1.
 
     \b
     Example: python -m stages.student --student resnet8w2 --method bss
@@ -73,6 +74,12 @@ def main(
     for student, method in chosen:
         check_replaceable(out / f"{student}-{method}", SEED_FILES)
     runs = [StudentRun.of(params, *each, inputs[params.method[each[1]].source], processes, store) for each in chosen]
+    failed: dict[str, TrainingError] = {}
+
+    def note(name: str, error: TrainingError) -> None:
+        say(f"error: {error}; the other students go on")
+        failed[name] = error
+
     with ExitStack() as stack:
         if processes.is_first:
             for run in runs:
@@ -87,15 +94,30 @@ def main(
             ]
             client = stack.enter_context(connected(scheduler, params.runtime, say))
             with tqdm(total=len(tasks), desc="students", unit="run", disable=None) as bar:
-                for _ in fit_on_workers(client, params, paths, store, tasks, say):
+                for _ in fit_on_workers(client, params, paths, store, tasks, say, note):
                     bar.update()
         for run, seeds in zip(runs, unfinished, strict=True):
+            if run.name in failed:
+                continue
             begin = time.perf_counter()
-            figures = _fit_and_publish(run, out / run.name, reports / run.name)
+            try:
+                figures = _fit_and_publish(run, out / run.name, reports / run.name)
+            except TrainingError as error:
+                if len(runs) == 1 or processes.several:
+                    raise
+                note(run.name, error)
+                continue
             if processes.is_first:
                 reused = params.seeds - len(seeds)
                 counts = f"{params.seeds} seeds ({len(seeds)} trained, {reused} reused)"
                 done(run.name, f"wrote {out / run.name}: {counts}{figures}", begin, bool(seeds))
+    if failed:
+        first = next(iter(failed.values()))
+        if len(runs) == 1:
+            raise first
+        raise TrainingError(
+            f"{len(failed)} of {len(runs)} students could not be trained: {', '.join(failed)}"
+        ) from first
 
 
 def _choose(params: Params, student: str | None, method: str | None, everything: bool) -> list[tuple[str, str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -70,7 +72,8 @@ def shard_values(
         "evaluations": np.zeros(samples, np.uint16),
     }
     if correct.any():
-        _search_into(values, search, on_device, correct, (attack.seed, block.view, block.start))
+        drawn_by = (attack.seed, block.view, block.start)
+        _search_into(values, search, on_device, correct, drawn_by, partial(_other_views, train, block, views, attack))
     if not attack.embed_images:
         del values["image"]
     return values
@@ -82,6 +85,7 @@ def _search_into(
     images: Tensor,
     correct: NDArray[np.bool_],
     draw: tuple[int, ...],
+    other_views: Callable[[Literal["same", "any"]], Tensor],
 ) -> None:
     """Fill in what a search finds for the rows that the teacher classifies correctly, all targets at once."""
 
@@ -90,12 +94,18 @@ def _search_into(
 
     target = on_device("target").long()
     count = target.shape[1]
+    rows = torch.from_numpy(correct).to(search.device)
+
+    def of_correct_rows(image: Literal["same", "any"]) -> Tensor:
+        return pixels(other_views(image).to(search.device)[rows]).flatten(0, 1)
+
     result = search.find(
-        images[torch.from_numpy(correct).to(search.device)].repeat_interleave(count, 0),
+        images[rows].repeat_interleave(count, 0),
         on_device("label").repeat_interleave(count),
         target.flatten(),
         on_device("teacher_logits").repeat_interleave(count, 0),
         draw,
+        of_correct_rows,
     )
     for name in SEARCHED:
         array = getattr(result, name).cpu().numpy()
@@ -106,3 +116,18 @@ def _search_into(
     values["margin"][lost] = 0
     image_logits = np.broadcast_to(values["teacher_logits"][:, None], values["boundary_logits"].shape)
     values["boundary_logits"][lost] = image_logits[lost]
+
+
+def _other_views(train: Prepared, block: Block, views: Views, attack: Attack, image: Literal["same", "any"]) -> Tensor:
+    """Return another view (rows, targets, C, H, W) uint8 for each sample of a block: of its image, or of any one."""
+    count, images = attack.targets, len(train.labels)
+    start, rows = block.start * count, block.rows * count
+    drawn = draw_views(attack.seed, block.view, start, rows, views.padding, views.flip, Stream.OTHER_VIEWS)
+    index = np.arange(start, start + rows) // count
+    if image == "any":
+        numbers = uniforms(attack.seed, Stream.OTHER_IMAGES, block.view, start, rows, 1)
+        index = (numbers[:, 0] * images).astype(np.int64)
+    seen = apply_views(
+        torch.from_numpy(train.images[index]), torch.from_numpy(drawn.crop), torch.from_numpy(drawn.flip), views.padding
+    )
+    return seen.reshape(block.rows, count, *train.image_shape)

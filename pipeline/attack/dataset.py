@@ -39,9 +39,12 @@ Result = TypeVar("Result")
 CODE = ("pipeline.attack.columns", "pipeline.machine.device", "pipeline.publish.writer")
 
 
-def shard_code(search: str, teacher_network: str) -> str:
-    """Return the digest of the code that decides what is in a shard, by a named search of a named network."""
-    return code_digest(*CODE, module_of(search), *own_modules(teacher_network))
+def shard_code(search: str | None, teacher_network: str) -> str:
+    """Return the digest of the code that decides what is in a shard, by a named search of a named network.
+
+    Without a search it is that of the columns that no search fills in.
+    """
+    return code_digest(*CODE, *([module_of(search)] if search else []), *own_modules(teacher_network))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

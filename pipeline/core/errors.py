@@ -33,6 +33,16 @@ class TrainingError(PipelineError):
     """Training cannot go on, for example because the loss is not finite."""
 
 
+def known_problem(error: Exception) -> str | None:
+    """Return what an error of torch means, of those that users can do something about; it has no types for them."""
+    text = f"{type(error).__name__}: {error}"
+    if any(sign in text for sign in ("MemoryError", "can't allocate memory", "out of memory")):
+        return "out of memory: lower training.batch_size or runtime.search_batch"
+    if any(sign in text for sign in ("gloo", "NCCL", "DistNetworkError", "DistBackendError")):
+        return "another process of this training is gone: run again, what is finished is kept"
+    return None
+
+
 def shown(text: str, longest: int = 200) -> str:
     """Return text that a stranger may have written, within one line: cut, and what cannot be printed escaped.
 

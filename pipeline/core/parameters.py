@@ -129,9 +129,9 @@ class Teacher(Section):
 class Search(Section):
     """The search for a boundary-supporting sample."""
 
-    name: Literal["newton", "heo2019", "heo2019_probabilities", "deepfool", "fgsm", "random"] = Field(
-        description="newton; the others are for comparison, and few or none of their samples are on the boundary"
-    )
+    name: Literal[
+        "newton", "heo2019", "heo2019_probabilities", "deepfool", "fgsm", "random", "view", "mixup", "cutmix"
+    ] = Field(description="newton; the others are for comparison, and few or none of their samples are on the boundary")
     tolerance: Annotated[float, Field(gt=0, le=1)] = Field(description="largest probability margin at the boundary")
     max_gradients: Annotated[int, Field(ge=1, le=1000)] = Field(description="per sample, for newton")
 
@@ -181,6 +181,7 @@ class Method(Section):
     source: Literal["fresh", "shards", "online"] = Field(
         description="fresh augmentation, published shards, or fresh augmentation with the teacher in the loop"
     )
+    cross_entropy: NotNegative = Field(1.0, description="weight of the cross-entropy with the labels")
     losses: dict[str, SerializeAsAny[Section]] = Field(
         description="parameters of each loss beside cross-entropy, by name; in a file they stand beside `source`"
     )
@@ -193,14 +194,14 @@ class Method(Section):
     @model_validator(mode="before")
     @classmethod
     def _losses_by_name(cls, values: Any) -> Any:
-        """Take all but `source` as losses, and check the parameters of each as its class has them."""
+        """Take all but the method's own fields as losses, and check the parameters of each as its class has them."""
         if not isinstance(values, dict):
             return values
-        losses, problems = {}, list[InitErrorDetails]()
+        losses, problems, own = {}, list[InitErrorDetails](), cls.model_fields.keys() - {"losses"}
         if "source" not in values:
             problems.append(InitErrorDetails(type="missing", loc=("source",), input=values))
         for name, given in values.items():
-            if name == "source" or given is None:
+            if name in own or given is None:
                 continue
             try:
                 losses[name] = _parameters_of(str(name)).model_validate(given)
@@ -211,13 +212,13 @@ class Method(Section):
                 problems.append(InitErrorDetails(type=kind, loc=(name,), input=given))
         if problems:
             raise ValidationError.from_exception_data("Method", problems)
-        return {name: value for name, value in values.items() if name == "source"} | {"losses": losses}
+        return {name: value for name, value in values.items() if name in own} | {"losses": losses}
 
     @model_serializer(mode="wrap")
     def _as_in_a_file(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values = handler(self)
-        flat: dict[str, Any] = {"source": values["source"], **values["losses"]}
-        return flat
+        weight = {} if self.cross_entropy == 1 else {"cross_entropy": self.cross_entropy}
+        return {"source": values["source"], **weight, **values["losses"]}
 
     @model_validator(mode="after")
     def _source_and_losses_fit(self) -> Method:
@@ -289,6 +290,9 @@ class Params(Section):
     def _targets_fit(self) -> Params:
         if self.search.name == "deepfool" and self.attack.targets > 1:
             raise ValueError("search.name: 'deepfool' goes to the nearest class, so it takes attack.targets 1")
+        online = [name for name in self.methods if name in self.method and self.method[name].source == "online"]
+        if self.search.name in ("view", "mixup", "cutmix") and online:
+            raise ValueError(f"search.name: '{self.search.name}' is for shards, but '{online[0]}' searches in the loop")
         return self
 
     @model_validator(mode="after")

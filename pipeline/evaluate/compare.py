@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.core.hdf5 import written_hdf5
 from pipeline.core.status import Status
+from pipeline.evaluate.planes import classes_on_planes
 from pipeline.evaluate.similarity import agreement, angle_similarity, magnitude_similarity, teacher_divergence
 from pipeline.images.pixels import pixels
 from pipeline.images.prepared import Prepared
@@ -21,10 +22,12 @@ from pipeline.networks.classifier import Classifier
 from pipeline.networks.fast import folded, frozen
 from pipeline.networks.predict import accuracy_of, predict
 from pipeline.search.boundary import Problem
+from pipeline.search.geometry import row_sum
 from pipeline.search.newton import NewtonSearch
 
 # The definition of MagSim and AngSim here, whatever search makes the samples.
 MEASURED_BY, TOLERANCE = NewtonSearch(max_gradients=20, quantise=False), 0.02
+BINS = 15  # of confidence
 
 
 class TeacherSide(NamedTuple):
@@ -40,6 +43,10 @@ class TeacherSide(NamedTuple):
     """(M, C, H, W) to the teacher's boundary between label and runner-up, of every `step`-th image; NaN where there is
     none."""
     step: int
+    radius: float
+    """Half of the median distance to that boundary, L2 in pixel space; 0 where none was found."""
+    on_planes: NDArray[np.int64]
+    """Its classes at points of planes through images of the split."""
 
 
 class Comparison(NamedTuple):
@@ -53,6 +60,16 @@ class Comparison(NamedTuple):
     """(M,) magnitude similarity per image that was compared, NaN where left out."""
     angle: NDArray[np.float64]
     """(M,) angle similarity per image that was compared, NaN where left out."""
+    calibration_error: float
+    """Mean difference of confidence and accuracy over 15 bins of confidence (Guo et al., 2017)."""
+    distance: float
+    """Median L2 distance in pixel space to the student's own boundary with its own runner-up, of images that it
+    classifies correctly; NaN where none was found."""
+    robust_accuracy: float
+    """Fraction of the images that are compared which the student classifies correctly, and its own search does not lead
+    to its boundary within the teacher's `radius`: an upper bound of its accuracy under perturbations of that length."""
+    plane_agreement: float
+    """Fraction of points of planes through images at which student and teacher predict the same class."""
 
 
 def teacher_side(
@@ -62,10 +79,18 @@ def teacher_side(
     teacher = frozen(teacher, device)
     logits = predict(teacher, data.images, device)
     labels = torch.from_numpy(data.labels).to(device)
-    runner_up = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
+    runner_up = _runner_up(logits, labels)
     step = 1 if images is None else max(1, len(labels) // images)
     perturbation = _perturbations(teacher, data, logits, labels, runner_up, batch_size, step)
-    return TeacherSide(logits, labels, runner_up, perturbation, step)
+    return TeacherSide(
+        logits=logits,
+        labels=labels,
+        runner_up=runner_up,
+        perturbation=perturbation,
+        step=step,
+        radius=float(_lengths(perturbation).nanmedian().nan_to_num() / 2),
+        on_planes=classes_on_planes(teacher, data.images),
+    )
 
 
 def compare(
@@ -74,18 +99,42 @@ def compare(
     """Compare a student with its teacher on a split.
 
     Pairs of perturbations are taken from images that both classify correctly, towards the teacher's runner-up; pairs
-    in which a search did not converge are left out (NaN).
+    in which a search did not converge are left out (NaN). The student's own distance is towards its own runner-up.
     """
     student = frozen(student, device)
     logits = predict(student, data.images, device)
-    perturbation = _perturbations(student, data, logits, teacher.labels, teacher.runner_up, batch_size, teacher.step)
+    labels, step = teacher.labels, teacher.step
+    perturbation = _perturbations(student, data, logits, labels, teacher.runner_up, batch_size, step)
+    own = _perturbations(student, data, logits, labels, _runner_up(logits, labels), batch_size, step)
+    distance, correct = _lengths(own), (logits.argmax(1) == labels)[::step]
+    on_planes = classes_on_planes(student, data.images)
     return Comparison(
         accuracy=accuracy_of(logits, teacher.labels),
         agreement=float(agreement(logits, teacher.logits)),
         divergence=float(teacher_divergence(logits, teacher.logits)),
         magnitude=magnitude_similarity(perturbation, teacher.perturbation).cpu().numpy(),
         angle=angle_similarity(perturbation, teacher.perturbation).cpu().numpy(),
+        calibration_error=_calibration_error(logits, labels),
+        distance=float(distance.nanmedian()),
+        robust_accuracy=float((correct & ~(distance <= teacher.radius)).double().mean()),
+        plane_agreement=float((on_planes == teacher.on_planes).mean()),
     )
+
+
+def _runner_up(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the best class but the label (N,) of logits (N, classes)."""
+    return logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
+
+
+def _lengths(perturbations: Tensor) -> Tensor:
+    """Return the L2 norms (M,) of perturbations, NaN where there is none."""
+    return row_sum(perturbations.square()).sqrt()
+
+
+def _calibration_error(logits: Tensor, labels: Tensor) -> float:
+    from torchmetrics.functional.classification import multiclass_calibration_error  # imported here: slow
+
+    return float(multiclass_calibration_error(logits.softmax(1), labels, logits.shape[1], BINS, validate_args=False))
 
 
 def _perturbations(
@@ -131,6 +180,10 @@ def figures_of(comparison: Comparison, common: NDArray[np.bool_]) -> dict[str, f
         "accuracy": comparison.accuracy,
         "agreement": comparison.agreement,
         "teacher_divergence": comparison.divergence,
+        "calibration_error": comparison.calibration_error,
+        "distance": None if np.isnan(comparison.distance) else comparison.distance,
+        "robust_accuracy": comparison.robust_accuracy,
+        "plane_agreement": comparison.plane_agreement,
         "mag_sim": mean(comparison.magnitude, own),
         "ang_sim": mean(comparison.angle, own),
         "pairs": int(own.sum()),
@@ -151,5 +204,5 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 def read_comparison(path: Path) -> Comparison:
     """Read what `write_comparison` wrote."""
     with h5py.File(path, "r") as file:
-        scalars = [float(file[name][()]) for name in ("accuracy", "agreement", "divergence")]
-        return Comparison(scalars[0], scalars[1], scalars[2], file["magnitude"][:], file["angle"][:])
+        values: dict[str, Any] = {name: file[name][()] for name in Comparison._fields}
+    return Comparison(**{name: value if value.ndim else value.item() for name, value in values.items()})

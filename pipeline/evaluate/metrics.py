@@ -1,4 +1,4 @@
-"""MagSim and AngSim as metrics that accumulate over batches, for torchmetrics (an extra: `metrics`)."""
+"""MagSim and AngSim as metrics of torchmetrics, which accumulate over batches."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-try:
-    from torchmetrics import Metric
-except ImportError:
-    raise ImportError("MagSim and AngSim need torchmetrics: pip install 'boundary-distillation[metrics]'") from None
+from torchmetrics import Metric
 
 from pipeline.evaluate.similarity import angle_similarity, magnitude_similarity
 

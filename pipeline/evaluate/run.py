@@ -89,7 +89,7 @@ class Comparisons:
         """Compare students; yields the number of each when it is finished."""
         if not students:
             return
-        side = self._of_teacher()
+        side = self.teacher_side()
         workers = side_by_side(self.runtime, self.device)
         tasks = [partial(self._compare, side, weights) for weights in students]
         if workers > 1:
@@ -105,9 +105,16 @@ class Comparisons:
         return accuracy(frozen(self.teacher.model, self.device), self.test, self.device)
 
     @one_cpu_thread()  # so that results do not depend on how many there are, and forks may follow
-    def _of_teacher(self) -> TeacherSide:
+    def teacher_side(self) -> TeacherSide:
+        """Return what the teacher contributes to every comparison."""
         batch_size = search_batch(self.runtime, self.device)
         return teacher_side(self.teacher.model, self.test, self.device, batch_size, self.images)
+
+    def compare_one(self, side: TeacherSide, weights: Path) -> Comparison:
+        """Compare the student of a weights file, or find the finished comparison."""
+        if self.store.find(self._key(weights)) is None:
+            self._compare(side, weights, 0)
+        return read_comparison(self.store.path(self._key(weights)))
 
     @one_cpu_thread()
     def _compare(self, side: TeacherSide, weights: Path, slot: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,9 +24,17 @@ DEVIATIONS = 3  # below the mean of a cell, from where a run of another one coun
 MEASURES = {
     "validation": ("Validation, %", 100),
     "accuracy": ("Test, %", 100),
+    "agreement": ("Agreement, %", 100),
+    "divergence": ("KL", 1),
+    "calibration_error": ("ECE", 1),
+    "distance": ("Distance", 1),
+    "robust_accuracy": ("Robust, %", 100),
+    "plane_agreement": ("Planes, %", 100),
     "mag_sim": ("MagSim", 1),
     "ang_sim": ("AngSim", 1),
 }
+IN_TABLE = ("validation", "accuracy", "mag_sim", "ang_sim")
+IN_DETAIL = ("agreement", "divergence", "calibration_error", "distance", "robust_accuracy", "plane_agreement")
 SIMILARITIES = ("mag_sim", "ang_sim")
 FEWEST_PAIRS = 30  # for a similarity to be shown
 COMPARED = ("validation", "accuracy", "ang_sim")
@@ -44,6 +53,12 @@ class Run(_Strict):
     validation: float | None
     accuracy: float
     agreement: float
+    divergence: float | None = None
+    """KL(teacher || student), nats; None of results from before it was measured, and so the next ones."""
+    calibration_error: float | None = None
+    distance: float | None = None
+    robust_accuracy: float | None = None
+    plane_agreement: float | None = None
     mag_sim: float | None
     ang_sim: float | None
 
@@ -89,6 +104,10 @@ class Results(_Strict):
     floor: Labels | None
     costs: bool
     figure: str | None
+    codes: int = 1
+    """States of the code that made the runs."""
+    processors: list[str] = []
+    """Kinds of CPU that made them."""
     cells: Annotated[list[Cell], Field(min_length=1)]
 
 
@@ -122,7 +141,7 @@ def varied_labels(results: Results) -> list[str]:
 def results_table(results: Results) -> str:
     """Return the results as Markdown, a row for each cell; differences that exceed two standard errors are bold."""
     names = varied_labels(results)
-    known = [name for name in MEASURES if any(estimate(cell.values(name)) for cell in results.cells)]
+    known = [name for name in IN_TABLE if any(estimate(cell.values(name)) for cell in results.cells)]
     shown = [name for name in known if name not in SIMILARITIES or results.pairs >= FEWEST_PAIRS]
     compared = [name for name in COMPARED if name in shown]
     titles = [f"{MEASURES[name][0].split(',')[0]}, {title}" for title in results.references for name in compared]
@@ -152,7 +171,33 @@ def results_table(results: Results) -> str:
     )
     similarities = "of" if results.pairs >= FEWEST_PAIRS else "not shown, for want of"
     note += f" Similarities: {similarities} pairs of perturbations that all students have ({results.pairs})."
-    return f"{markdown_table(header, rows, len(names))}\n\n{note}\n"
+    if results.processors:
+        note += f" Trained on: {', '.join(results.processors)}."
+    if results.codes > 1:
+        note += f" Runs were made by {results.codes} states of the code."
+    detail = _detail(results, names)
+    return f"{markdown_table(header, rows, len(names))}\n\n{detail}{note}\n"
+
+
+def _detail(results: Results, names: Sequence[str]) -> str:
+    """Return a second table, of what else was measured; empty where nothing was."""
+    shown = [name for name in IN_DETAIL if any(estimate(cell.values(name)) for cell in results.cells)]
+    if not set(shown) - {"agreement"}:
+        return ""
+    header = [*(name.capitalize() for name in names), *(MEASURES[name][0] for name in shown)]
+    rows = [
+        [
+            *(cell.labels[name] for name in names),
+            *(mean_cell(estimate(cell.values(name)), MEASURES[name][1]) for name in shown),
+        ]
+        for cell in results.cells
+    ]
+    note = (
+        "Agreement: with the teacher's classes. KL: of the teacher from the student, nats. ECE: error of calibration. "
+        "Distance: median to the student's own boundary, L2 in pixels of [0, 1]. Robust: accuracy under a perturbation "
+        "half as long as the teacher's median distance. Planes: agreement on planes through three images."
+    )
+    return f"{markdown_table(header, rows, len(names))}\n\n{note}\n\n"
 
 
 def _bold(known: Difference | None, scale: float) -> str:

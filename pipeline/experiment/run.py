@@ -1,30 +1,45 @@
-"""Running an experiment: sample datasets, students and their evaluation, with all that is finished found in stores."""
+"""Running an experiment: sample datasets, students and their evaluation, each run on record when it is finished."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipeline.attack.dataset import SampleDataset, make_samples
-from pipeline.core.errors import TrainingError
-from pipeline.core.parameters import Params
+from pipeline.attack.dataset import SampleDataset, make_samples, shard_code
+from pipeline.core.errors import DataError, PipelineError, TrainingError
+from pipeline.core.parameters import Method, Params
+from pipeline.core.provenance import fingerprint
 from pipeline.core.status import Status
 from pipeline.core.store import Store, lock
-from pipeline.evaluate.run import Comparisons
+from pipeline.evaluate.compare import TeacherSide
+from pipeline.evaluate.run import Comparisons, comparison_code
+from pipeline.experiment.records import RunRecord, RunRecords, measures_of
 from pipeline.experiment.results import Cell, Cost, Labels, Results, Run
 from pipeline.experiment.spec import Experiment, Variant, check_comparisons, labels_of, variants
 from pipeline.images.prepared import Prepared
+from pipeline.machine.device import cpu_threads, side_by_side
+from pipeline.machine.forks import SlotTask, run_in_forks
 from pipeline.machine.processes import Processes
+from pipeline.machine.processor import processor
 from pipeline.networks.loading import Loaded, load_with_digest
 from pipeline.prepare.splits import part_by_class
 from pipeline.shards.reader import BoundaryShards
 from pipeline.student.inputs import StudentInputs
-from pipeline.student.run import StudentRun
-from pipeline.training.fit import Fit
+from pipeline.student.run import StudentRun, fit_code, threads_each
+from pipeline.student.shard_source import ShardSource
 from pipeline.training.term import statuses_of
+
+NAMED = 5  # failed runs, in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,14 +55,34 @@ class Materials:
     """The private store."""
 
 
-@dataclass
-class CellFits:
-    """The finished training of one cell."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedRun:
+    """One run of an experiment."""
 
     labels: Labels
-    fits: list[list[Fit]] = field(default_factory=list)
-    """By draw, then by seed."""
-    cost: Cost | None = None
+    """Of its cell."""
+    draw: int
+    seed: int
+    params: Params
+    """Of its variant and draw."""
+    wanted: str
+    """Fingerprint of what is asked for."""
+    code: str
+    """Digest of the code that makes it."""
+
+    @property
+    def student(self) -> str:
+        return self.labels["student"]
+
+    @property
+    def method(self) -> str:
+        return self.labels["method"]
+
+    @property
+    def place(self) -> str:
+        """Its labels on the experiment's axes, for messages that name student, method and seed."""
+        axes = {name: label for name, label in self.labels.items() if name not in ("student", "method")}
+        return "".join(f"{name} {label}, " for name, label in axes.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +97,23 @@ class ExperimentRun:
     """What the runs share."""
     teacher: Loaded
     processes: Processes
+    evaluation: Comparisons
+    records: RunRecords
+    """Where finished runs are kept; those that are there are not made again."""
+    any_code: bool
+    """Finished runs count whatever state of the code made them."""
     say: Callable[[str], None]
-    """Is told of waits for another process."""
+    """Is told of waits for another process, and of runs that failed."""
 
     @classmethod
     def of(
-        cls, experiment: Experiment, params: Params, materials: Materials, say: Callable[[str], None]
+        cls,
+        experiment: Experiment,
+        params: Params,
+        materials: Materials,
+        records: RunRecords,
+        any_code: bool,
+        say: Callable[[str], None],
     ) -> ExperimentRun:
         """Check what varies, and read the teacher.
 
@@ -76,53 +122,172 @@ class ExperimentRun:
         """
         combinations = list(variants(experiment, params))
         check_comparisons(experiment, [labels for variant in combinations for labels in labels_of(variant)])
+        teacher = load_with_digest(materials.teacher, materials.train, "teacher")
+        processes = Processes(params.runtime, params.training.precision)
+        evaluation = Comparisons(
+            teacher=teacher,
+            test=materials.test,
+            images=params.evaluation.similarity_images,
+            runtime=params.runtime,
+            device=processes.device,
+            store=Store(materials.work / "comparisons"),
+        )
         return cls(
             experiment=experiment,
             variants=combinations,
             params=params,
             materials=materials,
-            teacher=load_with_digest(materials.teacher, materials.train, "teacher"),
-            processes=Processes(params.runtime, params.training.precision),
+            teacher=teacher,
+            processes=processes,
+            evaluation=evaluation,
+            records=records,
+            any_code=any_code,
             say=say,
         )
 
     def results(self) -> Results:
-        """Make what is missing, and gather it."""
-        cells = sum(len(each.params.students) * len(each.params.methods) for each in self.variants)
-        fits: list[CellFits] = []
-        with tqdm(total=cells * self.experiment.draws, desc=self.experiment.title, unit="cell", disable=None) as bar:
-            for variant in self.variants:
-                fits += self._fits(variant, bar.update)
-        return self._evaluated(fits)
+        """Make what is missing, and gather it.
 
-    def _fits(self, variant: Variant, done: Callable[[], object]) -> list[CellFits]:
-        """Return the fits of each student and method under one combination; call `done` after each draw of a cell."""
-        methods, store = variant.params.method, Store(self.materials.work / "fits")
-        cells = {(labels["student"], labels["method"]): CellFits(labels) for labels in labels_of(variant)}
-        for draw in range(self.experiment.draws):
-            train = part_by_class(self.materials.train, variant.train_fraction, self.params.dataset.seed + draw)
-            attack = variant.params.attack.model_copy(update={"seed": variant.params.attack.seed + draw})
-            params = variant.params.model_copy(update={"attack": attack})
-            inputs, cost = StudentInputs(train, self.materials.validation, None, self.materials.teacher), None
-            if any(methods[method].source == "shards" for _, method in cells):
-                shards, cost = self._samples(params, train)
-                inputs = inputs._replace(shards=shards)
-            for (student, method), cell in cells.items():
-                from_shards = methods[method].source == "shards"
-                if from_shards or draw == 0 or variant.train_fraction < 1:  # nothing else depends on the draw
-                    run = StudentRun.of(params, student, method, inputs, self.processes, store)
-                    cell.fits.append(self._fit_all(run, cell.labels))
-                cell.cost = cost if from_shards and statuses_of(methods[method].losses) else None
+        Raises:
+            TrainingError: runs failed; the others are on record.
+        """
+        failed: list[str] = []
+        parts = [(variant, draw) for variant in self.variants for draw in range(self.experiment.draws)]
+        runs = [run for part in parts for run in self._wanted(*part)]
+        with tqdm(total=len(runs), desc=self.experiment.title, unit="run", disable=None) as bar:
+            bar.update(sum(self._record(run) is not None for run in runs))
+            for variant, draw in parts:
+                failed += self._make_missing(variant, draw, bar.update)
+        if failed:
+            raise TrainingError(
+                f"{len(failed)} of {len(runs)} runs failed, the others are kept in {self.records.folder}; leave out of "
+                f"the experiment: {'; '.join(failed[:NAMED])}{'; ...' if len(failed) > NAMED else ''}"
+            )
+        return self._gathered(runs)
+
+    def _part(self, variant: Variant, draw: int) -> Prepared:
+        """Return the training images that the students of a draw see."""
+        return part_by_class(self.materials.train, variant.train_fraction, self.params.dataset.seed + draw)
+
+    def _wanted(self, variant: Variant, draw: int) -> list[WantedRun]:
+        """Return the runs of one combination and draw; what does not depend on the draw is wanted for the first one."""
+        train = self._part(variant, draw)
+        attack = variant.params.attack.model_copy(update={"seed": variant.params.attack.seed + draw})
+        params = variant.params.model_copy(update={"attack": attack})
+        runs = []
+        for labels in labels_of(variant):
+            method = params.method[labels["method"]]
+            if draw == 0 or method.source == "shards" or variant.train_fraction < 1:
+                reads, code = self._reads_of(params, labels["student"], method, train)
+                for seed in range(params.seeds):
+                    wanted = fingerprint(reads, seed)
+                    runs.append(WantedRun(labels=labels, draw=draw, seed=seed, params=params, wanted=wanted, code=code))
+        return runs
+
+    def _reads_of(self, params: Params, student: str, method: Method, train: Prepared) -> tuple[dict[str, Any], str]:
+        """Return what a run follows from, but for the seed and the rounding of this machine; and the code's digest."""
+        materials, network = self.materials, self.teacher.model.architecture.network
+        uses_samples = bool(statuses_of(method.losses))
+        reads: dict[str, Any] = {
+            "student": student,
+            "method": method.model_dump(mode="json"),
+            "training": params.training.model_dump(),
+            "views": params.views.model_dump(),
+            "train": train.digest,
+            "validation": materials.validation.digest if materials.validation is not None else None,
+            "test": materials.test.digest,
+            "teacher": self.teacher.digest,
+            "similarity_images": params.evaluation.similarity_images,
+        }
+        codes = [
+            fit_code(student, method, params.search.name, network if method.reads_features else None),
+            comparison_code(student, network),
+        ]
+        if method.source == "shards":
+            reads["attack"] = params.attack.model_dump(exclude={"compression"})
+            codes.append(shard_code(params.search.name if uses_samples else None, network))
+        if uses_samples:
+            reads["search"] = params.search.model_dump()
+        return reads, fingerprint(codes)
+
+    def _record(self, run: WantedRun) -> RunRecord | None:
+        code = None if self.any_code else run.code
+        return self.records.find(run.student, run.method, run.seed, run.wanted, code)
+
+    def _make_missing(self, variant: Variant, draw: int, done: Callable[[], object]) -> list[str]:
+        """Make the runs of one combination and draw that are not on record; returns what failed, and why."""
+        missing = {run.wanted: run for run in self._wanted(variant, draw) if self._record(run) is None}
+        if not missing:
+            return []
+        runs, params, train = list(missing.values()), next(iter(missing.values())).params, self._part(variant, draw)
+        inputs, cost = StudentInputs(train, self.materials.validation, None, self.materials.teacher), None
+        methods = {run.method: params.method[run.method] for run in runs}
+        loaded = None
+        if any(method.source == "shards" for method in methods.values()):
+            shards, cost = self._samples(params, train)
+            inputs = inputs._replace(shards=shards)
+            statuses = next((found for method in methods.values() if (found := statuses_of(method.losses))), ())
+            loaded = ShardSource(shards, 0, params.training.batch_size, self.processes.device, statuses, train=train)
+        store = Store(self.materials.work / "fits")
+        cells = {(run.student, run.method): (run.labels, run.method) for run in runs}
+        students = {
+            cell: replace(StudentRun.of(params, *cell, inputs, self.processes, store), loaded=loaded) for cell in cells
+        }
+        side = self.evaluation.teacher_side()
+        tasks = [partial(self._make_one, run, students[run.student, run.method], side, cost) for run in runs]
+        failed: list[str] = []
+
+        def note(number: int, error: PipelineError) -> None:
+            failed.append(f"{runs[number].place}{error}")
+            self.say(f"error: {failed[-1]}; the other runs go on")
+
+        with ExitStack() as stack:
+            for student in students.values():
+                stack.enter_context(lock(self.materials.work / f"student-{student.name}.lock", self.say))
+            workers = side_by_side(params.runtime, self.processes.device)
+            for _ in self._each(tasks, workers, note):
                 done()
-        return list(cells.values())
+        return failed
 
-    def _fit_all(self, run: StudentRun, labels: Labels) -> list[Fit]:
-        with lock(self.materials.work / f"student-{run.name}.lock", self.say):  # which the stage holds, too
+    def _each(
+        self, tasks: Sequence[SlotTask], workers: int, failed: Callable[[int, PipelineError], None]
+    ) -> Iterator[int]:
+        """Run tasks, on a CPU side by side; yields the number of each when it has ended."""
+        if workers > 1:
+            self.processes.start()  # what it imports is imported here, once for all forks
+            torch.set_num_threads(1)  # OpenMP's threads do not live on in a fork, which would wait for them for ever
             try:
-                return run.fit_all()
+                yield from run_in_forks(tasks, workers, failed)
+            finally:
+                torch.set_num_threads(cpu_threads(self.params.runtime))
+            return
+        for number, task in enumerate(tasks):
+            try:
+                task(0)
             except TrainingError as error:
-                where = ", ".join(f"{name} {label}" for name, label in labels.items())
-                raise TrainingError(f"{where}: {error}; or leave it out of the experiment") from error
+                failed(number, error)
+            yield number
+
+    def _make_one(self, run: WantedRun, student: StudentRun, side: TeacherSide, cost: Cost | None, slot: int) -> None:
+        """Train and compare one student, and put it on record."""
+        begin = time.perf_counter()
+        torch.set_num_threads(threads_each(run.params.runtime, self.processes.device))
+        fit = student.fit(run.seed, slot + 1)
+        measures = measures_of(self.evaluation.compare_one(side, fit.weights))
+        self.records.write(
+            RunRecord(
+                student=run.student,
+                method=run.method,
+                seed=run.seed,
+                wanted=run.wanted,
+                code=run.code,
+                processor=processor(),
+                seconds=round(time.perf_counter() - begin, 1),
+                validation=fit.curve[-1].get("validation_accuracy"),
+                cost=cost if statuses_of(student.method.losses) else None,
+                **measures,
+            )
+        )
 
     def _samples(self, params: Params, train: Prepared) -> tuple[BoundaryShards, Cost]:
         """Return the sample dataset of some parameters, which the next one replaces, and what it took."""
@@ -141,42 +306,52 @@ class ExperimentRun:
         )
         return shards, cost
 
-    def _evaluated(self, cells: list[CellFits]) -> Results:
-        test, work = self.materials.test, self.materials.work
-        evaluation = Comparisons(
-            teacher=self.teacher,
-            test=test,
-            images=self.params.evaluation.similarity_images,
-            runtime=self.params.runtime,
-            device=self.processes.device,
-            store=Store(work / "comparisons"),
-        )
-        compared = evaluation.compare_all([fit.weights for cell in cells for draw in cell.fits for fit in draw])
-
-        def run_of(fit: Fit) -> Run:
-            figures = compared.figures(fit.weights)
-            return Run(
-                validation=fit.curve[-1].get("validation_accuracy"),
-                accuracy=figures["accuracy"],
-                agreement=figures["agreement"],
-                mag_sim=figures["mag_sim_common"],
-                ang_sim=figures["ang_sim_common"],
-            )
-
-        materials = self.materials
-        splits = {"train": materials.train, "validation": materials.validation, "test": test}
+    def _gathered(self, wanted: list[WantedRun]) -> Results:
+        """Return the results of runs that are all on record."""
+        materials, records = self.materials, dict[str, RunRecord]()
+        for run in wanted:
+            found = self._record(run)
+            if found is None:
+                raise DataError(f"{self.records.folder}: a record is gone, of {run.student}-{run.method}: run again")
+            records[run.wanted] = found
+        common = np.asarray(np.stack([record.pairs for record in records.values()]).all(axis=0))
+        cells: dict[tuple[str, ...], Cell] = {}
+        for run in wanted:
+            cell = cells.setdefault(tuple(run.labels.values()), Cell(labels=run.labels, runs=[], cost=None))
+            while len(cell.runs) <= run.draw:
+                cell.runs.append([])
+            cell.runs[run.draw].append(_run_of(records[run.wanted], common))
+            cell.cost = records[run.wanted].cost
+        splits = {"train": materials.train, "validation": materials.validation, "test": materials.test}
         return Results(
             title=self.experiment.title,
             dataset=self.params.dataset.name,
-            teacher=evaluation.teacher_accuracy(),
+            teacher=self.evaluation.teacher_accuracy(),
             images={name: len(split.labels) for name, split in splits.items() if split is not None},
-            pairs=int(compared.common.sum()),
+            pairs=int(common.sum()),
             references=self.experiment.references,
             floor=self.experiment.floor,
             costs=self.experiment.costs,
             figure=self.experiment.figure,
-            cells=[
-                Cell(labels=cell.labels, runs=[[run_of(fit) for fit in draw] for draw in cell.fits], cost=cell.cost)
-                for cell in cells
-            ],
+            codes=_states_of_code(wanted, records),
+            processors=sorted({record.processor for record in records.values()}),
+            cells=list(cells.values()),
         )
+
+
+def _states_of_code(wanted: list[WantedRun], records: Mapping[str, RunRecord]) -> int:
+    """Return how many states of the code made the runs of the cell that has most of them."""
+    states: dict[str, set[str]] = {}
+    for run in wanted:
+        states.setdefault(run.code, set()).add(records[run.wanted].code)
+    return max(len(each) for each in states.values())
+
+
+def _run_of(record: RunRecord, common: NDArray[np.bool_]) -> Run:
+    """Return the figures of a run; similarities over the pairs that all runs have."""
+    magnitude, angle = (
+        float(each[common].astype(np.float64).mean()) if common.any() else None
+        for each in (record.magnitude, record.angle)
+    )
+    shared = {name: getattr(record, name) for name in Run.model_fields.keys() & RunRecord.model_fields.keys()}
+    return Run(**shared, mag_sim=magnitude, ang_sim=angle)

@@ -21,6 +21,8 @@ class Stream(IntEnum):
     TARGETS = 1
     FRESH_VIEWS = 2
     FRESH_TARGETS = 3
+    OTHER_VIEWS = 4
+    OTHER_IMAGES = 5
 
 
 class ViewParameters(NamedTuple):

@@ -107,8 +107,11 @@ class BoundaryLoss(nn.Module):
 
     def of_batch(self, student: nn.Module, logits: Tensor, batch: BoundaryBatch) -> Tensor:
         """Return the loss of a batch of the pipeline's own sources."""
-        count = max(1, int(self.fraction * len(batch.labels)))
+        rows = len(batch.labels)
+        count = max(1, int(self.fraction * rows))
         chosen = select_base_samples(logits.detach(), batch.teacher_logits, batch.labels, batch.usable, count)
+        if count == 1 and rows > 1:  # batch norm cannot train on one sample alone: a filler comes along
+            chosen = Selection(torch.cat([chosen.rows, (chosen.rows + 1) % rows]), F.pad(chosen.weights, (0, 1)))
         found = batch.boundary.samples_of(chosen.rows)
         with nullcontext() if self.moves_statistics else running_statistics_kept(student):
             losses = softened_cross_entropy(student(found.samples), found.teacher_logits, self.temperature)

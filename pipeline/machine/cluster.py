@@ -89,7 +89,11 @@ def _count_workers(client: Client) -> int:
 
 
 def on_workers(
-    client: Client, function: Callable[[Argument], Result], tasks: Iterable[Argument], say: Callable[[str], None]
+    client: Client,
+    function: Callable[[Argument], Result],
+    tasks: Iterable[Argument],
+    say: Callable[[str], None],
+    failed: Callable[[Argument, TrainingError], None] | None = None,
 ) -> Iterator[Result]:
     """Yield results of a function that workers can import, as they come; a task whose worker dies is given to another.
 
@@ -98,6 +102,7 @@ def on_workers(
         function: called in a worker, one task at a time in each process.
         tasks: its arguments.
         say: is told when the cluster has no workers.
+        failed: where given, is told of a task that raised a TrainingError, and the others go on.
 
     Raises:
         WorkerError: a task was lost with several workers, or the scheduler is gone.
@@ -106,22 +111,26 @@ def on_workers(
     from distributed import KilledWorker, wait
     from distributed.comm.core import CommClosedError
 
-    waiting, running = deque(tasks), set[Any]()
+    waiting, running = deque(tasks), dict[Any, Argument]()
     try:
         while waiting or running:
             while waiting and len(running) < 2 * max(1, _count_workers(client)):
-                running.add(client.submit(_call, function, waiting.popleft(), pure=False, retries=RETRIES))
+                task = waiting.popleft()
+                running[client.submit(_call, function, task, pure=False, retries=RETRIES)] = task
             try:
-                done, running = wait(running, timeout=PATIENCE_SECONDS, return_when="FIRST_COMPLETED")
+                done, _ = wait(list(running), timeout=PATIENCE_SECONDS, return_when="FIRST_COMPLETED")
             except TimeoutError:
                 if _count_workers(client) == 0:
                     say("the cluster has no workers: waiting for some")
                 continue
             for future in done:
-                result = future.result()
-                if isinstance(result, TrainingError):
+                task, result = running.pop(future), future.result()
+                if not isinstance(result, TrainingError):
+                    yield result
+                elif failed is None:
                     raise result
-                yield result
+                else:
+                    failed(task, result)
     except KilledWorker as error:
         workers = error.allowed_failures + 1
         raise WorkerError(f"{workers} workers died with the same task, perhaps for want of memory") from None

@@ -21,15 +21,23 @@ SlotTask = Callable[[int], None]
 """Called with the number of its slot, counted from 0; leaves its result in files."""
 
 
-def run_in_forks(tasks: Iterable[SlotTask], slots: int) -> Iterator[int]:
+def run_in_forks(
+    tasks: Iterable[SlotTask], slots: int, failed: Callable[[int, PipelineError], None] | None = None
+) -> Iterator[int]:
     """Run tasks, so many at a time, in forks of this process; yields the number of each when it has ended.
 
     The first error, or Ctrl-C, ends the tasks that still run, and the others do not begin. A fork hangs in torch
     operations of several threads if this process has run such operations before: OpenMP's threads do not live on in it.
 
+    Args:
+        tasks: each is called in a fork.
+        slots: how many run at a time.
+        failed: where given, is told the number and the error of a task that raised a PipelineError, and the others go
+            on.
+
     Raises:
         WorkerError: a fork was killed.
-        PipelineError: what a task raised, with its traceback as a note.
+        PipelineError: what a task raised, with its traceback as a note, unless `failed` is told.
         RuntimeError: a task raised something else; the traceback is in the message.
     """
     tasks = list(tasks)
@@ -41,7 +49,13 @@ def run_in_forks(tasks: Iterable[SlotTask], slots: int) -> Iterator[int]:
         while running:
             for connection in wait(list(running)):
                 fork = running.pop(connection)
-                done = fork.finish(slots)
+                try:
+                    fork.finish(slots)
+                except PipelineError as error:
+                    if failed is None or not fork.process.is_alive():
+                        raise
+                    failed(fork.number, error)
+                done = fork.number
                 for number in islice(waiting, 1):
                     running[fork.begin(number)] = fork
                 yield done
@@ -70,8 +84,8 @@ class _Fork:
             self.connection.send(number)
         return self.connection
 
-    def finish(self, slots: int) -> int:
-        """Return the number of the task that has ended; raises what it raised."""
+    def finish(self, slots: int) -> None:
+        """Raise what the task that has ended raised."""
         try:
             error = self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -84,7 +98,6 @@ class _Fork:
             ) from None
         if error is not None:
             raise error
-        return self.number
 
 
 @contextlib.contextmanager

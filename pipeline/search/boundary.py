@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from pipeline.search.geometry import per_row, row_sum
 TOLERANCE = 0.02  # where nobody asks for another one
 LogitsFunction = Callable[[Tensor], Tensor]
 """From pixels (n, C, H, W) in [0, 1] to logits (n, classes)."""
+OtherViews = Callable[[Literal["same", "any"]], Tensor]
+"""Another view (R, C, H, W) in [0, 1] for each row: of the same image, or of any one, drawn at random."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,8 @@ class Problem:
     """Rows of a pass."""
     draw: Sequence[int] = ()
     """What random noise follows from, in a search that takes any."""
+    other_views: OtherViews | None = None
+    """What samples that are put together from views take."""
 
     def __post_init__(self) -> None:
         rows = len(self.images)

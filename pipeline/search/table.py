@@ -12,6 +12,7 @@ from pipeline.networks.classifier import Classifier
 from pipeline.search.boundary import BoundarySearch
 from pipeline.search.deepfool import DeepFoolSearch
 from pipeline.search.heo2019 import Heo2019Search
+from pipeline.search.mixed import MixedSamples
 from pipeline.search.newton import NewtonSearch
 from pipeline.search.one_step import OneStepSearch
 from pipeline.search.teacher_search import TeacherSearch
@@ -23,6 +24,9 @@ SEARCHES: dict[str, Callable[[Search, Classifier], BoundarySearch]] = {
     "deepfool": DeepFoolSearch.of,
     "fgsm": OneStepSearch.fgsm,
     "random": OneStepSearch.random,
+    "view": MixedSamples.view,
+    "mixup": MixedSamples.mixup,
+    "cutmix": MixedSamples.cutmix,
 }
 
 

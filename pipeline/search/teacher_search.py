@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.networks.classifier import Classifier
 from pipeline.networks.fast import folded, frozen, halved
-from pipeline.search.boundary import BoundarySearch, Problem, SearchResult, logits_in_batches
+from pipeline.search.boundary import BoundarySearch, OtherViews, Problem, SearchResult, logits_in_batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,13 @@ class TeacherSearch:
         return logits_in_batches(self.teacher, images, self.batch_size)
 
     def find(
-        self, images: Tensor, base: Tensor, target: Tensor, logits: Tensor, draw: Sequence[int] = ()
+        self,
+        images: Tensor,
+        base: Tensor,
+        target: Tensor,
+        logits: Tensor,
+        draw: Sequence[int] = (),
+        other_views: OtherViews | None = None,
     ) -> SearchResult:
         """Search samples; arguments are those of `Problem`, `logits` the teacher's."""
         return self.search(
@@ -78,5 +84,6 @@ class TeacherSearch:
                 tolerance=self.tolerance,
                 batch_size=self.batch_size,
                 draw=draw,
+                other_views=other_views,
             )
         )

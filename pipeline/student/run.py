@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.core.errors import DataError, ParameterError
+from pipeline.core.errors import DataError, ParameterError, PipelineError, TrainingError, known_problem
 from pipeline.core.extensions import is_own, own_modules
 from pipeline.core.files import file_digest
 from pipeline.core.parameters import Method, Params, Runtime
 from pipeline.core.provenance import code_digest, fingerprint
 from pipeline.core.store import Store
+from pipeline.core.text import one_line
 from pipeline.images.prepared import Prepared
 from pipeline.machine.device import cpu_threads, one_cpu_thread, search_batch, side_by_side
 from pipeline.machine.forks import run_in_forks
@@ -29,7 +30,7 @@ from pipeline.shards.reader import BoundaryShards
 from pipeline.student.inputs import StudentInputs
 from pipeline.student.online_source import OnlineSource
 from pipeline.student.shard_source import ShardSource
-from pipeline.training.batches import FreshSource, Source
+from pipeline.training.batches import FreshSource, Source, batches_of
 from pipeline.training.fit import Fit, FitTask, find_fit, fit, processes_of
 from pipeline.training.objective import Objective
 from pipeline.training.term import statuses_of
@@ -84,6 +85,8 @@ class StudentRun:
     """Where to train."""
     store: Store
     """Where finished fits are kept."""
+    loaded: ShardSource | None = None
+    """The shards, where several runs share them; otherwise they are loaded when they are needed."""
 
     @classmethod
     def of(
@@ -124,6 +127,7 @@ class StudentRun:
         """Refuse data of another kind, layers that do not match and stages that cannot be."""
         if self.inputs.validation is not None:
             _check_validation(self.name, self.inputs.validation, self.architecture)
+        self._check_smallest_batch()
         if not self.method.reads_features:
             return
         with one_cpu_thread(), torch.random.fork_rng(devices=[]):  # forks may follow
@@ -134,13 +138,44 @@ class StudentRun:
                 f"{self.name}: a method with a first stage trains on one device: set runtime.devices to 1"
             )
 
+    def _check_smallest_batch(self) -> None:
+        """Refuse a network that cannot train on one image alone, as with batch norm on 1x1 maps, where it would."""
+        rows, batch_size = self._rows(), self.params.training.batch_size
+        smallest = min(batch.stop - batch.start for batch in batches_of(rows, batch_size)) // self.processes.count
+        if smallest > 1:
+            return
+        with one_cpu_thread(), torch.random.fork_rng(devices=[]), torch.no_grad():
+            network = build(self.architecture).train()
+            try:
+                network(torch.zeros(1, *self.architecture.image_shape))
+            except ValueError as error:
+                raise ParameterError(
+                    f"{self.name}: of {rows} images in batches of {batch_size} for {self.processes.count} devices, one "
+                    f"device once has a single image, on which the student cannot train ({one_line(error)}): choose "
+                    "another training.batch_size, or fewer devices"
+                ) from None
+
+    def _rows(self) -> int:
+        """Return how many images an epoch has."""
+        if self.method.source == "shards" and self.inputs.shards is not None:
+            return self.inputs.shards.manifest.rows
+        return len(_needed(self.inputs.train, self.name, self.method, "prepared training data").labels)
+
     def _objective(self, student: Classifier) -> Objective:
-        if not self.method.reads_features or self.teacher is None:
-            return Objective(student, self.method.losses)
-        return Objective(student, self.method.losses, frozen(self.teacher.model, self.processes.device))
+        features = self.method.reads_features and self.teacher is not None
+        teacher = frozen(self.teacher.model, self.processes.device) if features and self.teacher else None
+        return Objective(student, self.method.losses, teacher, self.method.cross_entropy)
 
     def fit(self, seed: int, bar_position: int | None = 0) -> Fit:
-        """Train with one seed, or find the finished run; the progress bar goes so many lines down, None for no bar."""
+        """Train with one seed, or find the finished run.
+
+        Args:
+            seed: of the run.
+            bar_position: so many lines down goes the progress bar; None for no bar.
+
+        Raises:
+            TrainingError: training cannot go on; it names student, method and seed.
+        """
         task = FitTask(
             key=self.key(seed),
             architecture=self.architecture,
@@ -151,7 +186,14 @@ class StudentRun:
             validation=self.inputs.validation,
             description=f"{self.name} seed {seed}",
         )
-        return fit(task, self.processes, self.store, bar_position)
+        try:
+            return fit(task, self.processes, self.store, bar_position)
+        except PipelineError as error:
+            raise TrainingError(f"{task.description}: {error}") from error
+        except Exception as error:
+            known, line = known_problem(error), f"{type(error).__name__}: {one_line(error)}"
+            reason = f"{known} ({line})" if known else f"{line} (--debug shows where)"
+            raise TrainingError(f"{task.description}: {reason}") from error
 
     def key(self, seed: int) -> str:
         """Return the fingerprint of the run with a seed."""
@@ -186,7 +228,7 @@ class StudentRun:
     def _source(self, seed: int) -> Source:
         batch_size, device = self.params.training.batch_size, self.processes.device
         if self.method.source == "shards":
-            return self._shards.for_seed(seed)
+            return self._shards.for_fit(seed, statuses_of(self.method.losses))
         train = _needed(self.inputs.train, self.name, self.method, "prepared training data")
         fresh = FreshSource(train, self.params.views, seed, batch_size, device)
         if self.teacher is None:
@@ -197,7 +239,7 @@ class StudentRun:
     @cached_property
     def _shards(self) -> ShardSource:
         """The shards, loaded once for all seeds."""
-        return ShardSource(
+        return self.loaded or ShardSource(
             _needed(self.inputs.shards, self.name, self.method, "a sample dataset"),
             0,
             self.params.training.batch_size,

@@ -65,10 +65,16 @@ class ShardSource:
         self._starts: dict[str, int] = {}
         self._resident = self._load_all() if resident else None
 
-    def for_seed(self, seed: int) -> ShardSource:
-        """Return the same shards, without loading them again, in the order of another seed."""
+    def for_fit(self, seed: int, statuses: tuple[Status, ...]) -> ShardSource:
+        """Return the same shards, without loading them again, in the order of another seed.
+
+        Args:
+            seed: of order and choice of views.
+            statuses: how the searches of the samples that are used may have ended; none where the shards were loaded
+                without samples.
+        """
         other = copy.copy(self)
-        other.seed = seed
+        other.seed, other.statuses = seed, statuses
         return other
 
     def epoch(self, epoch: int) -> Iterator[TeacherBatch]:
@@ -110,7 +116,7 @@ class ShardSource:
     def _batch(self, columns: dict[str, Tensor], rows: Tensor, generator: np.random.Generator) -> TeacherBatch:
         images = pixels(columns["image"][rows])
         labels, logits = columns["label"][rows], columns["teacher_logits"][rows]
-        if "status" not in columns:
+        if not self.statuses:
             return TeacherBatch(images=images, labels=labels, teacher_logits=logits)
         usable = is_any_of(columns["status"][rows], self.statuses)
         # With several targets, one of the usable ones is taken, at random.

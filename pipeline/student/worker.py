@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from pipeline.core.errors import WorkerError
+from pipeline.core.errors import TrainingError, WorkerError
 from pipeline.core.parameters import Params, check_params, for_workers
 from pipeline.core.store import Store
 from pipeline.machine.cluster import on_workers
@@ -52,15 +52,23 @@ def fit_on_workers(
     store: Store,
     runs: list[SeedRun],
     say: Callable[[str], None],
+    failed: Callable[[str, TrainingError], None],
 ) -> Iterator[SeedRun]:
-    """Train with workers until every run is finished in the store: each as in a process of its own, in any order."""
+    """Train with workers until every run is finished in the store: each as in a process of its own, in any order.
+
+    `failed` is told the name STUDENT-METHOD and the error of a run that cannot be trained.
+    """
     job = FitJob(
         for_workers(params),
         inputs.absolute(),
         store.root.absolute(),
         threads_each(params.runtime, set_up_device(params.runtime)),
     )
-    yield from on_workers(client, partial(fit_one, job), runs, say)
+
+    def tell(run: SeedRun, error: TrainingError) -> None:
+        failed(f"{run.student}-{run.method}", error)
+
+    yield from on_workers(client, partial(fit_one, job), runs, say, tell)
 
 
 def fit_one(job: FitJob, wanted: SeedRun) -> SeedRun:

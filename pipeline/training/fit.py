@@ -171,7 +171,7 @@ class TrainingRun:
                     self._save()
                 bar.update()
         if not all(torch.isfinite(value).all() for value in self.classifier.state_dict().values()):
-            raise TrainingError(f"{task.description}: the weights are not finite at the end: try a lower learning rate")
+            raise TrainingError("the weights are not finite at the end: try a lower learning rate")
         return self.curve
 
     def train_epoch(self, source: Source, epoch: int, moment: Moment) -> float:

@@ -43,6 +43,7 @@ class Objective:
         network: what is trained; terms look at its layers.
         losses: parameters of the terms, by name.
         teacher: the teacher itself, where terms look at its layers.
+        cross_entropy: weight of the cross-entropy with the labels.
 
     Raises:
         ParameterError: a layer does not exist, or features cannot be matched.
@@ -53,9 +54,10 @@ class Objective:
         network: Classifier,
         losses: Mapping[str, Section] | None = None,
         teacher: Classifier | None = None,
+        cross_entropy: float = 1.0,
     ) -> None:
         losses = losses or {}
-        self.network, self.teacher = network, teacher
+        self.network, self.teacher, self.cross_entropy = network, teacher, cross_entropy
         student_layers, teacher_layers = feature_layers(losses.values())
         shapes = FeatureShapes(
             feature_shapes(network, student_layers),
@@ -96,7 +98,8 @@ class Objective:
             teacher_features=teacher_features,
             progress=progress,
         )
-        total = logits.new_zeros(()) if moment.first_stage else F.cross_entropy(logits, batch.labels)
+        labelled = 0.0 if moment.first_stage else self.cross_entropy
+        total = labelled * F.cross_entropy(logits, batch.labels) if labelled else logits.new_zeros(())
         for term in stage.terms:
             total = total + term(step)
         return total

@@ -60,7 +60,7 @@ def test_unknown_keys_are_named_with_those_that_are_known(key, known):
 @pytest.mark.parametrize("name", ["sauce", "algorithm", "table", "__init__"])
 def test_unknown_losses_are_named_with_those_that_are_known(name):
     message = refusal({f"method.bss.{name}": 1})
-    assert f"method.bss.{name}: unknown loss; known here: at, bss, dkd, fitnet, fsp, hinton, rkd, own." in message
+    assert f"method.bss.{name}: unknown loss; known here: at, bss, dkd, fitnet, fsp, hinton, kd, rkd, own." in message
 
 
 @pytest.mark.parametrize("key", ["attack", "attack.views", "teacher.training.epochs", "method.bss.source", "seeds"])
@@ -88,7 +88,11 @@ BAD = [
     ("search.tolerance", 0, "greater than 0"),
     ("search.max_gradients", 1001, "less than or equal to 1000"),
     ("attack.seed", -1, "greater than or equal to 0"),
-    ("search.name", "pgd", "'newton', 'heo2019', 'heo2019_probabilities', 'deepfool', 'fgsm' or 'random'"),
+    (
+        "search.name",
+        "pgd",
+        "'newton', 'heo2019', 'heo2019_probabilities', 'deepfool', 'fgsm', 'random', 'view', 'mixup' or 'cutmix'",
+    ),
     ("attack.compression", "zip", "'none' or 'gzip'"),
     ("dataset.name", "imagenet", "'imagefolder'"),
     ("dataset.test_fraction", 0, "greater than 0"),
@@ -159,7 +163,10 @@ def test_empty_lists_are_refused(key):
 def test_a_method_that_does_not_exist_is_refused_with_those_that_do():
     message = refusal({"methods": ["original", "vid"]})
     assert "'methods' names 'vid'" in message
-    assert "original, hinton, bss, hinton_online, bss_online, fitnet, at, fsp, dkd, rkd, dkd_bss, rkd_bss" in message
+    assert (
+        "original, hinton, bss, kd, kd_bss, hinton_online, bss_online, fitnet, at, fsp, dkd, rkd, dkd_bss, rkd_bss"
+        in message
+    )
 
 
 @pytest.mark.parametrize("key", ["students", "methods"])
@@ -187,7 +194,7 @@ def test_fresh_images_are_for_methods_without_losses_and_for_no_other(losses, so
     else:
         message = refusal({"method.mine": method})
         fresh = "method.mine: source 'fresh' has no teacher: losses take 'shards' or 'online'"
-        other = f"method.mine: source '{source}' needs at least one loss: at, bss, dkd, fitnet, fsp, hinton, rkd"
+        other = f"method.mine: source '{source}' needs at least one loss: at, bss, dkd, fitnet, fsp, hinton, kd, rkd"
         assert (fresh if source == "fresh" else other) in message
 
 
@@ -228,6 +235,8 @@ def test_a_method_knows_its_losses_and_whether_it_reads_features():
         "original": set(),
         "hinton": {"hinton"},
         "bss": {"hinton", "bss"},
+        "kd": {"kd"},
+        "kd_bss": {"kd", "bss"},
         "hinton_online": {"hinton"},
         "bss_online": {"hinton", "bss"},
         "fitnet": {"fitnet", "hinton"},
@@ -249,7 +258,7 @@ def test_a_method_knows_its_losses_and_whether_it_reads_features():
 
 def test_every_loss_that_parameters_know_has_a_term_with_parameters_of_its_own():
     terms = {name: find_loss(name) for name in known_losses()}
-    assert set(terms) == {"at", "bss", "dkd", "fitnet", "fsp", "hinton", "rkd"}
+    assert set(terms) == {"at", "bss", "dkd", "fitnet", "fsp", "hinton", "kd", "rkd"}
     assert all(issubclass(term, Term) and issubclass(term.Parameters, Section) for term in terms.values())
     assert len({term.Parameters for term in terms.values()}) == len(terms)
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from pipeline.losses.bss import boundary_weight, mean_over_selected, running_statistics_kept, select_base_samples
+from pipeline.networks.classifier import Architecture, build
+from pipeline.training.batches import BoundaryBatch, BoundarySamples
 from tests.support.helpers import (
     Counting,
     bss_parameters,
@@ -184,10 +186,44 @@ def test_bss_without_any_boundary_sample_is_hinton():
     assert loss == loss_of(training_student(), HINTON, batch)
 
 
-def test_bss_takes_at_least_one_row():
-    batch, asked, _, _ = random_batch(0)
-    loss_of(training_student(), both(fraction=0.01), batch)
-    assert len(asked[0]) == 1
+def test_bss_takes_at_least_one_row_and_a_filler_beside_it():
+    batch, asked, boundary_logits, _ = random_batch(2)
+    student = Counting(training_student())
+    loss = loss_of(student, {"bss": bss_parameters(temperature=1.5, fraction=0.01)}, batch)
+    clean, on_boundary = student.passes
+    first, filler = asked[0]
+    assert first != filler
+    scores = selected_by_loop(clean, batch.teacher_logits, batch.labels, batch.usable)
+    assert first == max(scores, key=scores.get)
+    term = softened(on_boundary[0][None], boundary_logits[first][None], 1.5)[0]
+    assert loss.item() == pytest.approx(cross_entropy(clean, batch.labels) + 2 * term, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 7])
+def test_few_rows_train_a_student_whose_maps_have_one_pixel(rows):
+    student = build(Architecture("resnet8w2", 4, (1, 4, 4), (0.5,), (0.25,))).train()  # 4x4, 2x2, 1x1
+    batch = BoundaryBatch(
+        images=random_images(0, rows, (1, 4, 4)),
+        labels=torch.zeros(rows, dtype=torch.int64),
+        teacher_logits=torch.tensor([[2.0, 0, 0, 0]]).repeat(rows, 1),
+        usable=torch.ones(rows, dtype=torch.bool),
+        boundary=SameSamples(random_images(1, rows, (1, 4, 4))),
+    )
+    loss = loss_of(student, both(), batch)
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+class SameSamples:
+    """Samples by row, with equal logits of two classes."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def samples_of(self, rows):
+        logits = torch.tensor([[1.0, 1, 0, 0]]).repeat(len(rows), 1)
+        usable = torch.ones(len(rows), dtype=torch.bool)
+        return BoundarySamples(samples=self.samples[rows], teacher_logits=logits, usable=usable)
 
 
 def test_the_gradient_reaches_every_weight_of_the_student():

@@ -247,10 +247,10 @@ def wide_teacher(seed=50):
     return untrained(architecture, random_images(seed, 256), seed)
 
 
-def loss_of(student, losses, batch, epoch=0, epochs=1, teacher=None, first_stage=False):
+def loss_of(student, losses, batch, epoch=0, epochs=1, teacher=None, first_stage=False, cross_entropy=1.0):
     """The loss of a batch by a method; `student` is a classifier, or one in `Counting`."""
     network = student.student if isinstance(student, Counting) else student
-    return Objective(network, losses, teacher).loss(student, batch, Moment(first_stage, epoch, epochs))
+    return Objective(network, losses, teacher, cross_entropy).loss(student, batch, Moment(first_stage, epoch, epochs))
 
 
 def features_of(classifier, images):
