@@ -39,6 +39,13 @@ def path_option(name: str, default: str, text: str) -> Callable[[Callable[..., A
     return click.option(name, type=PATH, default=Path(default), show_default=True, help=text)
 
 
+def other_data_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the option to take shards and prepared files of different datasets."""
+    return click.option(
+        "--other-data", is_flag=True, help="Shards of other images than the prepared ones are taken; the table says so."
+    )(function)
+
+
 def scheduler_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the option to work on a dask cluster."""
     return click.option(

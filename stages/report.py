@@ -16,7 +16,7 @@ from pipeline.machine.device import set_up_device
 from pipeline.networks.classifier import Classifier
 from pipeline.networks.loading import load_for, load_with_digest
 from pipeline.report.charts import histogram
-from pipeline.report.content import ReportInputs, gather, read_curves
+from pipeline.report.content import OTHER_DATA, ReportInputs, gather, read_curves
 from pipeline.report.page import plots_page, render
 from pipeline.report.scenes import maps_to_draw
 from pipeline.report.summary import (
@@ -33,7 +33,15 @@ from pipeline.report.summary import (
 )
 from pipeline.shards.quantiles import margins_and_distances
 from pipeline.shards.reader import BoundaryShards
-from stages.cli import EXIT_CODES, NOTHING_WRITTEN, errors_in_one_line, params_option, path_option
+from pipeline.student.inputs import check_same_data
+from stages.cli import (
+    EXIT_CODES,
+    NOTHING_WRITTEN,
+    errors_in_one_line,
+    other_data_option,
+    params_option,
+    path_option,
+)
 
 PUBLISHED_VIEWS = Path("docs/results/views.json")
 BIN = ("from", "to", "samples")
@@ -53,6 +61,7 @@ BIN = ("from", "to", "samples")
     "Results of the experiment `views`, if any.",
 )
 @path_option("--out", "reports", "Directory for these files.")
+@other_data_option
 @errors_in_one_line(interrupted=NOTHING_WRITTEN)
 def main(
     params_path: Path,
@@ -64,6 +73,7 @@ def main(
     students: Path,
     views: Path,
     out: Path,
+    other_data: bool,
 ) -> None:
     """Show what came out of a run.
 
@@ -85,6 +95,8 @@ def main(
         raise ShardError(
             f"{shards}: has samples of another teacher than {teacher}: make it with: python -m stages.attack"
         )
+    if not other_data:
+        check_same_data(dataset, train, prepared)
     models: dict[str, Classifier] = {"teacher": loaded.model}
     for student, method in names:
         title = method if len(params.students) == 1 else f"{student} {method}"
@@ -110,6 +122,8 @@ def main(
     shown = {method: params.method[method] for method in params.methods}
     sentences = "\n".join(finding(records, shown, params.dataset.name))
     table = f"{summary_table(params.dataset.name, teacher_record, records)}\n{sentences}\n"
+    if dataset.manifest.digests.train != train.digest:
+        table += f"\n{OTHER_DATA}\n"
     summary = summarise(params.dataset.name, teacher_record, records)
     write_json(out / "summary.json", summary)
     write_json(out / "metrics.json", metrics(summary))

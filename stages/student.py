@@ -21,7 +21,17 @@ from pipeline.student.inputs import InputPaths
 from pipeline.student.run import StudentRun
 from pipeline.student.worker import SeedRun, fit_on_workers
 from pipeline.training.fit import curve_csv
-from stages.cli import EXIT_CODES, WORK, done, errors_in_one_line, params_option, path_option, say, scheduler_option
+from stages.cli import (
+    EXIT_CODES,
+    WORK,
+    done,
+    errors_in_one_line,
+    other_data_option,
+    params_option,
+    path_option,
+    say,
+    scheduler_option,
+)
 
 SEED_FILES = "seed-*.safetensors"  # names in a student's folder
 
@@ -40,6 +50,7 @@ SEED_FILES = "seed-*.safetensors"  # names in a student's folder
 )
 @path_option("--out", "models/students", "Directory for the weights, in a folder STUDENT-METHOD.")
 @path_option("--reports", "reports/students", "Directory for the curves, in a folder STUDENT-METHOD.")
+@other_data_option
 @scheduler_option
 @errors_in_one_line
 def main(
@@ -52,6 +63,7 @@ def main(
     teacher: Path,
     out: Path,
     reports: Path,
+    other_data: bool,
     scheduler: str | None,
 ) -> None:
     """Train a student by a method, once for each seed.
@@ -66,7 +78,7 @@ def main(
     """
     params = load_params(params_path)
     chosen = _choose(params, student, method, everything)
-    paths, store = InputPaths(shards, prepared, teacher), Store(WORK / "fits")
+    paths, store = InputPaths(shards, prepared, teacher, other_data), Store(WORK / "fits")
     inputs = {source: paths.read(source) for source in {params.method[method].source for _, method in chosen}}
     if scheduler is not None and params.runtime.devices > 1:
         raise ParameterError("--scheduler: trains each run on one device, but runtime.devices is more than 1")

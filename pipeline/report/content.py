@@ -78,6 +78,9 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: cannot be read ({error}); make it with: python -m stages.student --all") from None
 
 
+OTHER_DATA = "Students from shards were trained on other images than those that are prepared."
+
+
 def gather(inputs: ReportInputs, progress: Callable[[], Any]) -> Content:
     """Return everything on the page.
 
@@ -117,6 +120,7 @@ def _compared(inputs: ReportInputs) -> str:
         f"({inputs.teacher.accuracy:.1%} on the test split) by {', '.join(params.methods)}; {params.seeds} seeds each; "
         f"{manifest.views} precomputed views of {manifest.rows:,} training images, "
         f"{manifest.totals.samples:,} boundary-supporting samples."
+        + (f" {OTHER_DATA}" if manifest.digests.train != inputs.train.digest else "")
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, ShardError
 from pipeline.images.prepared import Prepared, read_prepared, read_validation
 from pipeline.shards.reader import BoundaryShards
 
@@ -29,9 +29,12 @@ class InputPaths(NamedTuple):
     """Directory of the prepared splits."""
     teacher: Path
     """Weights."""
+    other_data: bool = False
+    """The shards may be of other training images than the prepared ones."""
 
     def absolute(self) -> InputPaths:
-        return InputPaths(*(path.absolute() for path in self))
+        shards, prepared, teacher = (path.absolute() for path in (self.shards, self.prepared, self.teacher))
+        return InputPaths(shards, prepared, teacher, self.other_data)
 
     def read(self, source: str) -> StudentInputs:
         """Return what methods with a source ('fresh', 'shards' or 'online') need, and prepared splits that are there.
@@ -46,9 +49,25 @@ class InputPaths(NamedTuple):
                 f"{train}: no such prepared file, and methods with source '{source}' train on its images: make it with "
                 "python -m stages.prepare, or take a method with source 'shards', which needs the sample dataset alone"
             )
-        return StudentInputs(
+        inputs = StudentInputs(
             train=read_prepared(train) if needed or train.exists() else None,
             validation=read_validation(validation) if needed or validation.exists() else None,
             shards=BoundaryShards(self.shards) if source == "shards" else None,
             teacher=self.teacher,
+        )
+        if inputs.train is not None and inputs.shards is not None and not self.other_data:
+            check_same_data(inputs.shards, inputs.train, self.prepared)
+        return inputs
+
+
+def check_same_data(shards: BoundaryShards, train: Prepared, prepared: Path) -> None:
+    """Refuse shards of other training images than the prepared ones: one table would have two datasets.
+
+    Raises:
+        ShardError: the digests differ.
+    """
+    if shards.manifest.digests.train != train.digest:
+        raise ShardError(
+            f"{shards.directory}: was made from other training images than those in {prepared}: make it anew with "
+            "python -m stages.attack, or prepare the images it is of; --other-data compares them all the same"
         )

@@ -86,7 +86,7 @@ def fit_one(job: FitJob, wanted: SeedRun) -> SeedRun:
         _inputs.cache_clear()
     run = _run(job, wanted.student, wanted.method)
     if run.key(wanted.seed) != wanted.key:
-        files = ", ".join(map(str, job.inputs))
+        files = ", ".join(map(str, job.inputs[:3]))
         raise WorkerError(f"a worker has other code or other files ({files}) than this machine: restart it")
     run.fit(wanted.seed, bar_position=None)
     return wanted
