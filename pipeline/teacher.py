@@ -7,13 +7,14 @@ from pathlib import Path
 
 from pipeline.core.errors import WeightsError
 from pipeline.core.extensions import own_modules
+from pipeline.core.files import file_digest
 from pipeline.core.parameters import Params, Teacher
 from pipeline.core.provenance import code_digest, fingerprint
 from pipeline.core.store import Store
 from pipeline.images.prepared import Prepared
 from pipeline.machine.processes import Processes
 from pipeline.networks.classifier import Architecture, architecture_for
-from pipeline.networks.weights import read_architecture
+from pipeline.networks.weights import load_weights, read_architecture
 from pipeline.training.batches import FreshSource
 from pipeline.training.fit import Fit, FitTask, fit, processes_of
 from pipeline.training.objective import Objective
@@ -27,12 +28,19 @@ def teacher_code(network: str) -> str:
 def train_teacher(
     params: Params, train: Prepared, validation: Prepared | None, processes: Processes, store: Store
 ) -> Fit:
-    """Train the teacher, or find the finished run; the validation split serves the curve only."""
+    """Train the teacher, or find the finished run; the validation split serves the curve only.
+
+    Raises:
+        WeightsError: the weights that training is to go on from are unusable or of another network.
+    """
     teacher, views = params.teacher, params.views
     architecture = teacher_architecture(teacher, train)
+    pretrained = Path(teacher.pretrained) if teacher.pretrained else None
+    start = load_weights(pretrained, architecture).network.state_dict() if pretrained else None
     key = fingerprint(
         architecture._asdict(),
-        teacher.model_dump(exclude={"weights"}),
+        teacher.model_dump(exclude={"weights", "pretrained"}),
+        file_digest(pretrained) if pretrained else None,
         views.model_dump(),
         [train.digest, validation.digest if validation is not None else None],
         teacher_code(teacher.network),
@@ -51,6 +59,7 @@ def train_teacher(
         training=teacher.training,
         seed=teacher.seed,
         validation=validation,
+        start=start,
         description="teacher",
     )
     return fit(task, processes, store)
@@ -64,9 +73,9 @@ def teacher_architecture(teacher: Teacher, data: Prepared) -> Architecture:
     """
     architecture = architecture_for(teacher.network, data)
     described = None
-    if teacher.weights:
+    if given := teacher.weights or teacher.pretrained:
         with contextlib.suppress(WeightsError):  # without a description, or with another program's: not needed
-            described = read_architecture(Path(teacher.weights))
+            described = read_architecture(Path(given))
     if teacher.mean and teacher.std:
         architecture = architecture._replace(mean=tuple(teacher.mean), std=tuple(teacher.std))
     elif described:

@@ -40,7 +40,7 @@ from stages.cli import (
 @path_option("--reports", "reports/teacher", "Directory for metrics and curve.")
 @errors_in_one_line
 def main(context: click.Context, params_path: Path, prepared: Path, out: Path, reports: Path) -> None:
-    """Train the teacher, or import and check the weights named by `teacher.weights`.
+    """Train the teacher, from scratch or from `teacher.pretrained`; or import and check `teacher.weights`.
 
     Writes weights (safetensors), metrics.json (accuracy on training and validation split, fractions) and curves.csv.
 
@@ -64,7 +64,9 @@ def main(context: click.Context, params_path: Path, prepared: Path, out: Path, r
         if not processes.is_first:
             return
         teacher, curve = load_weights(result.weights), result.curve
-        origin = "finished before" if result.reused else f"trained for {params.teacher.training.epochs} epochs"
+        pretrained, epochs = params.teacher.pretrained, params.teacher.training.epochs
+        trained = f"fine-tuned from {pretrained}" if pretrained else "trained"
+        origin = "finished before" if result.reused else f"{trained} for {epochs} epochs"
     device = set_up_device(params.runtime)
     metrics = {"train_accuracy": checked_accuracy(teacher, train, device)}
     if validation is not None:

@@ -114,10 +114,19 @@ class Teacher(Section):
     weights: Annotated[str, Field(min_length=1)] | None = Field(
         description="safetensors file to import instead of training"
     )
+    pretrained: Annotated[str, Field(min_length=1)] | None = Field(
+        description="safetensors file of the same network that training goes on from"
+    )
     mean: list[float] | None = Field(description="per channel, to normalise by; by default, of the training split")
     std: list[Positive] | None = Field(description="per channel, to normalise by; by default, of the training split")
     seed: Seed
     training: Training
+
+    @model_validator(mode="after")
+    def _one_file(self) -> Teacher:
+        if self.weights and self.pretrained:
+            raise ValueError("'weights' is imported as it is, 'pretrained' is trained on: give one of them")
+        return self
 
     @model_validator(mode="after")
     def _normalisation_is_whole(self) -> Teacher:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -73,10 +73,12 @@ class FitTask:
     """For the curve only; nothing is chosen by it."""
     description: str
     """For progress."""
+    start: Mapping[str, Tensor] | None = None
+    """State of the network to go on from; None for first weights that follow from the seed."""
 
 
 def fit(task: FitTask, processes: Processes, store: Store, bar_position: int | None = 0) -> Fit:
-    """Train a network from scratch, or return the finished run of the same fingerprint.
+    """Train a network, or return the finished run of the same fingerprint.
 
     Several processes share each batch and end with the same weights; the first one writes the files. The mean of their
     gradients is that of the whole batch, but batch norm normalises each share by itself (the first process's running
@@ -99,6 +101,8 @@ def fit(task: FitTask, processes: Processes, store: Store, bar_position: int | N
     fabric = processes.start()
     torch.manual_seed(task.seed)
     classifier = build(task.architecture)
+    if task.start is not None:
+        classifier.network.load_state_dict(task.start)
     # After the network: its first weights are those of its seed, whatever it minimises.
     objective = task.objective(classifier)
     run = TrainingRun(fabric, classifier, objective, task.training, store.path(f"{key}/checkpoint.pt"))

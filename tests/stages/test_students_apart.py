@@ -67,12 +67,20 @@ def test_a_student_alone_fails_in_one_line_and_with_debug_in_a_traceback(project
 
 @pytest.mark.parametrize(
     ("rows", "batch_size", "devices", "refused"),
-    [(9, 1, 1, True), (9, 4, 1, False), (10, 4, 1, False), (11, 4, 2, True), (8, 4, 2, False), (10, 4, 2, True), (12, 4, 3, True)],
+    [
+        (9, 1, 1, True),
+        (9, 4, 1, False),
+        (10, 4, 1, False),
+        (11, 4, 2, True),
+        (8, 4, 2, False),
+        (10, 4, 2, True),
+        (12, 4, 3, True),
+    ],
 )
 def test_a_single_image_for_batch_norm_on_one_pixel_is_refused_before_training(
     tmp_path, rows, batch_size, devices, refused
 ):
-    # 10 rows in batches of 4 end with 2: one for each of two devices. resnet8 makes 1x1 maps of 4x4 pixels.
+    # The last batch of 11 rows has 3: one device has two of them, the other one. resnet8 makes 1x1 maps of 4x4 pixels.
     train = random_prepared(0, rows, (1, 4, 4))
     params = tiny_params({"training.batch_size": batch_size})
     processes = Processes(params.runtime, params.training.precision)
