@@ -73,7 +73,7 @@ def main(context: click.Context, params_path: Path, prepared: Path, out: Path, r
         teacher, curve = load_weights(result.weights), result.curve
         origin = "finished before" if result.reused else f"trained for {params.teacher.training.epochs} epochs"
     device = set_up_device(params.runtime)
-    found = examined(teacher, train, device)
+    found = examined(teacher, train, device, trained_here=not params.teacher.weights)
     metrics = {"train_accuracy": found.accuracy}
     if validation is not None:
         metrics["validation_accuracy"] = accuracy(teacher, validation, device)
@@ -129,7 +129,7 @@ def convert(
     left_out = f"; left out {', '.join(found.left_out[:LEFT_OUT])}{more}" if found.left_out else ""
     click.echo(
         f"wrote {out}: {found.tensors} tensors of {network}{where}, {found.classes} classes{channels}{cast}{left_out}; "
-        f"to import it, set teacher.network: {network} and teacher.weights: {out}"
+        f"to import it, set teacher.weights: {out} and teacher.network: {network}"
     )
 
 

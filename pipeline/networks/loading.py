@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import exp, log
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +21,10 @@ from pipeline.networks.weights import load_weights
 
 MARGIN_OVER_CHANCE = 0.05  # of the way from chance to 1: below, there is no boundary worth supporting
 MARGIN_OF_A_SOUND_TEACHER = 0.5  # likewise: below, something may be wrong with it
-CHANCE_LEVEL = 0.01  # probability of an accuracy by chance, above which it is no better than that
+CHANCE_LEVEL = 0.01  # probability of an accuracy by chance: above, it is no better than that
 TIMES_AS_GOOD = 2  # another order of classes explains errors that makes so many times as many images right
 SHARE_OF_A_CIRCLE = 0.75  # of classes that one another's names went round
-ORDER_LEVEL = 1e-4  # probability of it by accident, below which it is none
+ORDER_LEVEL = 1e-4  # probability of that by accident: below, it is none
 CLASSES_NAMED = 10  # in messages
 
 
@@ -71,10 +72,10 @@ class Examined(NamedTuple):
     """Why little can be expected of it, in one line; None of a sound one."""
 
 
-def examined(teacher: Classifier, data: Prepared, device: torch.device) -> Examined:
+def examined(teacher: Classifier, data: Prepared, device: torch.device, trained_here: bool = False) -> Examined:
     """Return a teacher's accuracy on a split, refused when it is near chance or its classes are in another order.
 
-    Chance is to name the largest class for every image.
+    Chance is to name the largest class for every image. One that was trained here has its classes in their order.
 
     Raises:
         WeightsError: it is hardly better than chance, or not so surely on so few images; or another order of its
@@ -83,7 +84,8 @@ def examined(teacher: Classifier, data: Prepared, device: torch.device) -> Exami
     predicted = predict(frozen(teacher, device), data.images, device).argmax(1).cpu().numpy()
     count, right = len(data.labels), int((predicted == data.labels).sum())
     value, chance = right / count, float(np.bincount(data.labels).max() / count)
-    if moved := moved_classes(predicted, data.labels, len(data.class_names)):
+    moved = {} if trained_here else moved_classes(predicted, data.labels, len(data.class_names))
+    if moved:
         place = np.array([moved.get(number, number) for number in range(len(data.class_names))])
         named = [f"'{data.class_names[to]}' of '{data.class_names[label]}'" for label, to in sorted(moved.items())]
         raise WeightsError(
@@ -93,16 +95,17 @@ def examined(teacher: Classifier, data: Prepared, device: torch.device) -> Exami
             "outputs are ordered, and put them right with: python -m stages.teacher convert WEIGHTS --classes FILE "
             "--out NEW"
         )
-    if value < chance + MARGIN_OVER_CHANCE * (1 - chance) or _tail(right, count, chance) > CHANCE_LEVEL:
+    if value < chance + MARGIN_OVER_CHANCE * (1 - chance) or _by_accident(right, count, chance) > CHANCE_LEVEL:
         raise WeightsError(
-            f"the teacher classifies {value:.1%} of {count} images correctly, chance is {chance:.1%}: train it longer, "
-            f"or check its normalisation and that its classes are those of the prepared data: {_some(data.class_names)}"
+            f"the teacher classifies {value:.1%} of the images correctly, chance is {chance:.1%} ({count} images): "
+            "train it longer, or check its normalisation and that its classes are those of the prepared data: "
+            f"{_some(data.class_names)}"
         )
     if value < chance + MARGIN_OF_A_SOUND_TEACHER * (1 - chance):
         return Examined(
             value,
-            f"the teacher classifies only {value:.1%} of {count} images correctly (chance is {chance:.1%}), and "
-            "searches begin at those alone: check its normalisation (teacher.mean, teacher.std), its image size and "
+            f"the teacher classifies only {value:.1%} of the images correctly ({count} images, chance is {chance:.1%}), "
+            "and searches begin at those alone: check its normalisation (teacher.mean, teacher.std), its image size and "
             f"that its classes are those of the prepared data: {_some(data.class_names)}",
         )
     return Examined(value, None)
@@ -129,7 +132,7 @@ def moved_classes(predicted: NDArray[np.int64], labels: NDArray[np.int64], class
             said = predicted[judged][labels[judged] == label]
             better += int((said == to).sum())
             worse += int((said == label).sum())
-    if better < TIMES_AS_GOOD * worse or _tail(better, better + worse, 0.5) > ORDER_LEVEL:
+    if better < TIMES_AS_GOOD * worse or _by_accident(better, better + worse, 0.5) > ORDER_LEVEL:
         return {}
     return _assignment(predicted, labels, classes)
 
@@ -140,10 +143,12 @@ def _assignment(predicted: NDArray[np.int64], labels: NDArray[np.int64], classes
     A circle of moved classes counts if most of them are called so more often than by their own names: a network that
     hardly ever says one class and often another has mixed them up, not moved.
     """
-    from scipy.optimize import linear_sum_assignment  # imported here: slow
-
     matrix = np.zeros((classes, classes))
     np.add.at(matrix, (labels, predicted), 1)
+    if (matrix.diagonal() == matrix.max(1)).all():
+        return {}
+    from scipy.optimize import linear_sum_assignment  # imported here: slow, and rarely needed
+
     place = linear_sum_assignment(matrix + np.eye(classes) / 2, maximize=True)[1]  # classes stay where nothing is won
     moved, seen = dict[int, int](), set[int]()
     for start in range(classes):
@@ -158,11 +163,13 @@ def _assignment(predicted: NDArray[np.int64], labels: NDArray[np.int64], classes
     return moved
 
 
-def _tail(successes: int, trials: int, chance: float) -> float:
-    """Return how likely at least so many successes of independent trials are."""
-    from scipy.special import bdtrc  # imported here: slow
-
-    return float(bdtrc(successes - 1, trials, chance)) if successes else 1.0
+def _by_accident(successes: int, trials: int, chance: float) -> float:
+    """Return a bound of how likely at least so many successes of independent trials are (Chernoff)."""
+    rate = successes / max(trials, 1)
+    if rate <= chance:
+        return 1.0
+    odds = [(rate, chance), (1 - rate, 1 - chance)]
+    return exp(-trials * sum(seen * log(seen / expected) for seen, expected in odds if seen))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -18,8 +18,8 @@ from pipeline.core.errors import WeightsError
 from pipeline.networks.checkpoint import convert_checkpoint
 from pipeline.networks.classifier import Architecture, bare_network
 from pipeline.networks.weights import load_weights, save_weights
-from tests.networks.test_weights import GRAY, Trap, built, images_for
 from tests.support.files import truncate
+from tests.support.helpers import GRAY, Trap, built, images_for
 
 COLOUR = Architecture("torchvision.googlenet", 5, (3, 64, 64), (0.5,) * 3, (0.25,) * 3)
 

@@ -15,28 +15,9 @@ from pipeline.networks.fast import folded, halved
 from pipeline.networks.resnet import BasicBlock
 from pipeline.networks.weights import load_weights, save_weights
 from tests.support.files import tiny_teacher, truncate
-from tests.support.helpers import untrained
+from tests.support.helpers import GRAY, Trap, built, images_for, untrained
 
-GRAY = Architecture("resnet8w2", 4, (1, 8, 8), (0.4,), (0.3,))
 COLOUR = Architecture("resnet8w2", 5, (3, 9, 7), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
-
-
-def built(architecture, seed=0):
-    """A classifier with seeded weights, in evaluation mode, whose batch norms are not at their defaults."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build(architecture)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.running_mean, -0.5, 0.5)
-                nn.init.uniform_(module.running_var, 0.5, 2)
-                nn.init.uniform_(module.weight, 0.5, 2)
-                nn.init.uniform_(module.bias, -0.5, 0.5)
-    return model.eval()
-
-
-def images_for(architecture, rows=6, seed=0):
-    return torch.rand(rows, *architecture.image_shape, generator=torch.Generator().manual_seed(seed))
 
 
 # He et al. (2016), table 6, in millions, for 3 x 32 x 32 images and 10 classes.
@@ -164,13 +145,6 @@ def refusal(path, architecture=None):
 def test_a_missing_file_is_named(tmp_path):
     assert "no such weights file" in refusal(tmp_path / "none.safetensors")
     assert "a folder: name the weights file in it" in refusal(tmp_path)
-
-
-class Trap:
-    """Would run code if it were unpickled."""
-
-    def __reduce__(self):
-        return pytest.fail, ("the pickle was loaded",)
 
 
 @pytest.mark.parametrize("content", [{"weight": torch.zeros(3)}, Trap()], ids=["tensors", "code"])

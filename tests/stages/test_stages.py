@@ -347,10 +347,16 @@ def another_teacher(project):
     save_weights(teacher, project / TEACHER)
 
 
-def shuffled_labels(project):
+def rotated_labels(project):
     path = project / "data/prepared/train.h5"
     train = read_prepared(path)
     write_prepared(path, relabelled(train, (train.labels + 1) % 4))
+
+
+def mixed_labels(project):
+    path = project / "data/prepared/train.h5"
+    train = read_prepared(path)
+    write_prepared(path, relabelled(train, (train.labels + np.arange(len(train.labels)) // 4) % 4))
 
 
 def prepared_image_changed(project):
@@ -454,7 +460,8 @@ BAD = {
         1,
         "the teacher classifies 25.0% of the images correctly, chance is 25.0%",
     ),
-    "attack a teacher near chance": (shuffled_labels, ("attack",), 1, "of the images correctly, chance is 25.0%"),
+    "attack a teacher of other classes": (rotated_labels, ("attack",), 1, "the teacher's classes are in another order"),
+    "attack a teacher near chance": (mixed_labels, ("attack",), 1, "of the images correctly, chance is 25.0%"),
     "NaN in the teacher's training": (change(NAN | {"teacher.network": "resnet8w2"}), ("teacher",), 1, "the loss is "),
     "NaN in a student's training": (change(NAN), student("original"), 1, "the loss is "),
     "shards missing": (remove("data/bss/manifest.json"), student("bss"), 1, "data/bss/manifest.json: cannot be read"),
