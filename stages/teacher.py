@@ -123,7 +123,7 @@ def convert(
     order = (_lines(names), read_prepared(prepared / "train.h5").class_names) if names is not None else None
     found = convert_checkpoint(weights, out, network, entry, order)
     where = f" at entry '{found.entry}'" if found.entry else ""
-    channels = f", {found.channels} channels" if found.channels else ""
+    channels = f", {found.channels} channel{'s' * (found.channels > 1)}" if found.channels else ""
     cast = f", {', '.join(found.cast)} to float32" if found.cast else ""
     more = f" and {len(found.left_out) - LEFT_OUT} more" if len(found.left_out) > LEFT_OUT else ""
     left_out = f"; left out {', '.join(found.left_out[:LEFT_OUT])}{more}" if found.left_out else ""

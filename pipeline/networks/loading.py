@@ -104,9 +104,9 @@ def examined(teacher: Classifier, data: Prepared, device: torch.device, trained_
     if value < chance + MARGIN_OF_A_SOUND_TEACHER * (1 - chance):
         return Examined(
             value,
-            f"the teacher classifies only {value:.1%} of the images correctly ({count} images, chance is {chance:.1%}), "
-            "and searches begin at those alone: check its normalisation (teacher.mean, teacher.std), its image size and "
-            f"that its classes are those of the prepared data: {_some(data.class_names)}",
+            f"the teacher classifies only {value:.1%} of the images correctly ({count} images, chance is "
+            f"{chance:.1%}), and searches begin at those alone: check its normalisation (teacher.mean, teacher.std), "
+            f"its image size and that its classes are those of the prepared data: {_some(data.class_names)}",
         )
     return Examined(value, None)
 

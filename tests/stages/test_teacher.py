@@ -83,9 +83,9 @@ def test_what_a_conversion_took_and_left_is_told(folder):
     torch.save({"state_dict": state, "model_ema": ema | {"n_averaged": torch.tensor(3)}} | others, "mine.pt")
     assert "choose one with --entry: model_ema, state_dict" in refusal("teacher", "convert", "mine.pt")
     assert run("teacher", "convert", "mine.pt", "--entry", "model_ema").stdout == (
-        "wrote mine.safetensors: 44 tensors of resnet8w2 at entry 'model_ema', 4 classes, 1 channels, "
-        "float16 to float32; left out state_dict (44 tensors), model_ema.n_averaged (1 tensor), loss 0, loss 1, loss 2 and 3 more; "
-        "to import it, set teacher.weights: mine.safetensors and teacher.network: resnet8w2\n"
+        "wrote mine.safetensors: 44 tensors of resnet8w2 at entry 'model_ema', 4 classes, 1 channel, "
+        "float16 to float32; left out state_dict (44 tensors), model_ema.n_averaged (1 tensor), loss 0, loss 1, loss 2 "
+        "and 3 more; to import it, set teacher.weights: mine.safetensors and teacher.network: resnet8w2\n"
     )
     assert "train accuracy 100.0%" in run("teacher").stdout
 
