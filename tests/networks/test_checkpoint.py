@@ -140,6 +140,7 @@ def test_other_precision_becomes_float32(tmp_path, kind):
     found, tensors = convert({n: t.to(kind) if t.is_floating_point() else t for n, t in state.items()}, tmp_path)
     assert found.cast == [str(kind).removeprefix("torch.")]
     assert torch.equal(tensors["linear.weight"], state["linear.weight"].to(kind).float())
+    assert tensors["linear.weight"].dtype == torch.float32
     assert tensors["bn1.num_batches_tracked"].dtype == torch.int64
 
 

@@ -110,9 +110,9 @@ def test_a_class_that_is_taken_for_another_one_is_not_moved(often, seed):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_two_classes_that_are_taken_for_one_another_in_part_are_not_moved(seed):
-    labels = np.arange(1000) % 10
+    labels = np.arange(10_000) % 10
     swap = np.array([1, 0, *range(2, 10)])
-    mixed = np.random.default_rng(seed).random(1000) < 0.55
+    mixed = np.random.default_rng(seed).random(10_000) < 0.6
     assert moved_classes(np.where(mixed, swap[labels], labels), labels, 10) == {}
 
 
