@@ -20,10 +20,20 @@ from pipeline.core.store import COPIES, Store, lock
 from pipeline.images.prepared import read_prepared
 from pipeline.machine.cluster import connected
 from pipeline.machine.device import search_batch, set_up_device, side_by_side
-from pipeline.networks.loading import checked_accuracy, load_with_digest
+from pipeline.networks.loading import examined, load_with_digest
 from pipeline.publish.card import CARD_FILES, DATASET_FILES
 from pipeline.search.table import search_of
-from stages.cli import EXIT_CODES, WORK, done, errors_in_one_line, params_option, path_option, say, scheduler_option
+from stages.cli import (
+    EXIT_CODES,
+    WORK,
+    done,
+    errors_in_one_line,
+    params_option,
+    path_option,
+    say,
+    scheduler_option,
+    warn,
+)
 
 TEACHER_CHECK = 512  # images on which the teacher is checked first
 
@@ -62,7 +72,7 @@ def main(
     with lock(WORK / "shards.lock", say), ExitStack() as stack:
         missing = dataset.missing()
         if missing or only_plan:
-            checked_accuracy(loaded.model, train.thinned(TEACHER_CHECK), device)
+            warn(examined(loaded.model, train.thinned(TEACHER_CHECK), device).warning)
         if only_plan:
             search = search_of(loaded.model, params.search, search_batch(params.runtime, device), device)
             _say_plan(plan_attack(dataset, search), dataset, out, device.type, side_by_side(params.runtime, device))

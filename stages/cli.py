@@ -111,6 +111,12 @@ def say(message: str) -> None:
     click.echo(message, err=True)
 
 
+def warn(message: str | None) -> None:
+    """Say, if there is something, what is likely to be wrong although it stops nothing."""
+    if message is not None:
+        say(f"warning: {message}")
+
+
 def done(name: str, line: str, begin: float, worked: bool = True) -> None:
     """Say the last line of a stage: what it wrote. If it had work to do, keep it with the seconds it took."""
     if worked:

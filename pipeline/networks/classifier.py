@@ -67,6 +67,19 @@ def build(architecture: Architecture) -> Classifier:
         >>> model(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
+    name = architecture.network
+    network = bare_network(architecture)
+    if not (is_own(name) or name.startswith(("torchvision.", "timm."))):
+        return Classifier(network, architecture)
+    return _checked(Classifier(network, architecture, 3 if name.startswith("torchvision.") else None))
+
+
+def bare_network(architecture: Architecture) -> nn.Module:
+    """Build the network of an architecture alone: no normalisation, and not tried on an image.
+
+    Raises:
+        WeightsError: no network has that name, or it cannot be built so.
+    """
     name, classes = architecture.network, architecture.classes
     channels = architecture.image_shape[0]
     try:
@@ -80,21 +93,21 @@ def build(architecture: Architecture) -> Classifier:
             raise WeightsError(f"network '{name}': {type(error).__name__}: {one_line(error)}") from error
         if not isinstance(own, nn.Module):
             raise WeightsError(f"network '{name}': expected a torch module, got a {type(own).__name__}")
-        return _checked(Classifier(own, architecture))
+        return own
     library, _, plain_name = name.partition(".")
     if library == "torchvision":
-        return _checked(Classifier(_from_torchvision(plain_name, classes), architecture, 3))
+        return _from_torchvision(plain_name, classes)
     if library == "timm":
         import timm  # imported here: slow, and optional
 
         try:
-            network = timm.create_model(plain_name, pretrained=False, num_classes=classes, in_chans=channels)
+            network: nn.Module = timm.create_model(plain_name, pretrained=False, num_classes=classes, in_chans=channels)
         except (RuntimeError, TypeError, ValueError) as error:
             raise WeightsError(f"network '{name}': {one_line(error)}") from None
-        return _checked(Classifier(network, architecture))
+        return network
     if layers := mlp_size(name):
-        return Classifier(Mlp(*layers, prod(architecture.image_shape), classes), architecture)
-    return Classifier(ResNet(*resnet_size(name), channels, classes), architecture)
+        return Mlp(*layers, prod(architecture.image_shape), classes)
+    return ResNet(*resnet_size(name), channels, classes)
 
 
 def _from_torchvision(name: str, classes: int) -> nn.Module:

@@ -25,10 +25,10 @@ from pipeline.core.network_names import check_network
 from pipeline.core.text import first_problem, one_line
 from pipeline.machine.device import one_cpu_thread
 from pipeline.networks.classifier import Architecture, Classifier, build
+from pipeline.networks.file_kinds import AGAIN, foreign_kind, is_pickle
+from pipeline.networks.template import COUNTER, other_sizes, type_problem
 
 METADATA = "architecture"  # key in the metadata of a weights file
-CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")  # of a state dict in a checkpoint
-WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and DataParallel
 
 
 def save_weights(model: Classifier, path: Path | str) -> None:
@@ -57,22 +57,34 @@ def load_weights(path: Path | str, architecture: Architecture | None = None) -> 
     with _opened(path) as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     model = build(architecture)
-    _load_state(model.network, state, path, architecture.network)
+    _load_state(model.network, state, path, architecture)
     return model
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
+    if not path.exists():
         raise WeightsError(f"{path}: no such weights file")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
     except (safetensors.SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{path}: not a readable safetensors file ({error}). Pickled weights (.pt, .pth) can run code and are "
-            f"refused: convert a state dict with: python -m stages.teacher convert {path}"
-        ) from None
+        raise WeightsError(f"{path}: {_why_unreadable(path, error)}") from None
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """Return what a file is that safetensors cannot read, and what to do."""
+    if path.name.endswith(".index.json"):
+        return f"a list of other files: make one of them with: python -m stages.teacher convert {path}"
+    if kind := foreign_kind(path):
+        return kind
+    reason = f"not a readable safetensors file ({one_line(error)})"
+    if is_pickle(path):
+        return (
+            f"{reason}. Pickled weights (.pt, .pth) can run code and are refused: convert a state dict with: "
+            f"python -m stages.teacher convert {path}"
+        )
+    return f"{reason}: {AGAIN}"
 
 
 def read_architecture(path: Path) -> Architecture | None:
@@ -92,48 +104,6 @@ def read_architecture(path: Path) -> Architecture | None:
             f"{path}: no usable description of its network in the metadata: {first_problem(error)}"
         ) from None
     return Architecture(given.network, given.classes, given.image_shape, tuple(given.mean), tuple(given.std))
-
-
-def convert_state_dict(source: Path, target: Path) -> int:
-    """Turn a pickled state dict into a safetensors file, atomically; returns how many tensors it has.
-
-    A state dict under a key of a checkpoint is found, and the prefixes that wrappers for training put before all names
-    are taken off. Only tensors and plain containers are unpickled.
-
-    Raises:
-        WeightsError: the file is missing, holds other objects or no state dict; or there is a target already.
-    """
-    if target.exists():
-        raise WeightsError(f"{target}: is there already: remove it, or choose another file")
-    try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise WeightsError(f"{source}: no such weights file") from None
-    except Exception as error:  # torch raises all kinds on what is no checkpoint
-        first = one_line(error)[:200]
-        raise WeightsError(
-            f"{source}: cannot be loaded as tensors alone ({first}): save model.state_dict() there where you trust it"
-        ) from None
-    nested = [content[key] for key in CHECKPOINT_KEYS if isinstance(content, dict) and key in content]
-    state = next((each for each in [*nested, content] if _is_state_dict(each)), None)
-    if state is None:
-        raise WeightsError(f"{source}: holds no state dict, neither itself nor under {', '.join(CHECKPOINT_KEYS)}")
-    while prefix := next((p for p in WRAPPER_PREFIXES if all(name.startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    try:
-        content = save({name: tensor.clone().contiguous() for name, tensor in state.items()})
-    except (RuntimeError, KeyError, NotImplementedError) as error:
-        raise WeightsError(f"{source}: holds tensors that are not plain: {one_line(error)}") from None
-    write_atomically(target, content)
-    return len(state)
-
-
-def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
-    )
 
 
 class _Description(BaseModel):
@@ -158,19 +128,27 @@ class _Description(BaseModel):
         return self
 
 
-def _load_state(network: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
+def _load_state(network: nn.Module, state: dict[str, Tensor], path: Path, architecture: Architecture) -> None:
     # Counters of batches are no weights: some exporters leave them out.
-    expected = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
-    given = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
-    for key in sorted(expected.keys() | given.keys()):
-        if key not in given or key not in expected:
-            side = "lacks" if key not in given else "has an unknown tensor"
-            raise WeightsError(f"{path}: not the weights of {name}: {side} '{key}'")
+    expected = {key: value for key, value in network.state_dict().items() if not key.endswith(COUNTER)}
+    given = {key: value for key, value in state.items() if not key.endswith(COUNTER)}
+    refused = f"{path}: not the weights of {architecture.network}"
+    for key in sorted(expected.keys() ^ given.keys()):
+        raise WeightsError(
+            f"{refused}: {'lacks' if key in expected else 'has an unknown tensor'} '{key}'; where they are in there "
+            f"under other names, or among others, this finds them: python -m stages.teacher convert {path}"
+        )
+    for key in sorted(expected):
         if given[key].shape != expected[key].shape:
+            if sizes := other_sizes(architecture, given):
+                raise WeightsError(f"{path}: weights of {architecture.network} {sizes}")
             raise WeightsError(
-                f"{path}: not the weights of {name}: '{key}' has shape {tuple(given[key].shape)}, "
-                f"expected {tuple(expected[key].shape)}"
+                f"{refused}: '{key}' has shape {tuple(given[key].shape)}, expected {tuple(expected[key].shape)}"
             )
+        if problem := type_problem(expected[key], given[key]):
+            raise WeightsError(f"{path}: '{key}' {problem}")
+        if expected[key].is_floating_point():
+            given[key] = given[key].float()
         if not torch.isfinite(given[key]).all():
             raise WeightsError(f"{path}: '{key}' holds values that are not finite")
     network.load_state_dict(given, strict=False)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.core.errors import DataError, ParameterError, PipelineError, TrainingError, known_problem
+from pipeline.core.errors import DataError, ParameterError, PipelineError, TrainingError, known_problem, shown
 from pipeline.core.extensions import is_own, own_modules
 from pipeline.core.files import file_digest
 from pipeline.core.parameters import Method, Params, Runtime
@@ -127,6 +127,8 @@ class StudentRun:
         """Refuse data of another kind, layers that do not match and stages that cannot be."""
         if self.inputs.validation is not None:
             _check_validation(self.name, self.inputs.validation, self.architecture)
+            if self.method.source == "shards" and self.inputs.shards is not None:
+                _check_order(self.name, self.inputs.validation, self.inputs.shards)
         self._check_smallest_batch()
         if not self.method.reads_features:
             return
@@ -327,6 +329,18 @@ def _check_validation(name: str, validation: Prepared, architecture: Architectur
         raise DataError(
             f"{name}: the validation split has {classes} classes of images {shape}, the training data "
             f"{architecture.classes} of {architecture.image_shape}: they are not of one dataset"
+        )
+
+
+def _check_order(name: str, validation: Prepared, shards: BoundaryShards) -> None:
+    """Refuse the classes of the samples in another order; other names may be other words for the same."""
+    ours, theirs = list(validation.class_names), list(shards.manifest.class_names)
+    if ours != theirs and sorted(ours) == sorted(theirs):
+        place = next(number for number, pair in enumerate(zip(ours, theirs, strict=True)) if len(set(pair)) > 1)
+        raise DataError(
+            f"{name}: the samples in {shards.directory} have their classes in another order than the validation split: "
+            f"class {place} is '{shown(theirs[place])}' there, '{shown(ours[place])}' here: prepare the dataset that "
+            "they are of"
         )
 
 

@@ -13,30 +13,11 @@ from pipeline.networks import fast
 from pipeline.networks.classifier import Architecture, Classifier, build
 from pipeline.networks.fast import folded, halved
 from pipeline.networks.resnet import BasicBlock
-from pipeline.networks.weights import convert_state_dict, load_weights, save_weights
+from pipeline.networks.weights import load_weights, save_weights
 from tests.support.files import tiny_teacher, truncate
-from tests.support.helpers import untrained
+from tests.support.helpers import GRAY, Trap, built, images_for, untrained
 
-GRAY = Architecture("resnet8w2", 4, (1, 8, 8), (0.4,), (0.3,))
 COLOUR = Architecture("resnet8w2", 5, (3, 9, 7), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
-
-
-def built(architecture, seed=0):
-    """A classifier with seeded weights, in evaluation mode, whose batch norms are not at their defaults."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build(architecture)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.running_mean, -0.5, 0.5)
-                nn.init.uniform_(module.running_var, 0.5, 2)
-                nn.init.uniform_(module.weight, 0.5, 2)
-                nn.init.uniform_(module.bias, -0.5, 0.5)
-    return model.eval()
-
-
-def images_for(architecture, rows=6, seed=0):
-    return torch.rand(rows, *architecture.image_shape, generator=torch.Generator().manual_seed(seed))
 
 
 # He et al. (2016), table 6, in millions, for 3 x 32 x 32 images and 10 classes.
@@ -163,14 +144,7 @@ def refusal(path, architecture=None):
 
 def test_a_missing_file_is_named(tmp_path):
     assert "no such weights file" in refusal(tmp_path / "none.safetensors")
-    assert "no such weights file" in refusal(tmp_path)
-
-
-class Trap:
-    """Would run code if it were unpickled."""
-
-    def __reduce__(self):
-        return pytest.fail, ("the pickle was loaded",)
+    assert "a folder: name the weights file in it" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("content", [{"weight": torch.zeros(3)}, Trap()], ids=["tensors", "code"])
@@ -186,7 +160,9 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path, content):
 def test_a_truncated_file_is_refused(saved, kept):
     size = saved.stat().st_size
     truncate(saved, by=1 if kept < 0 else size - kept)
-    assert "not a readable safetensors file" in refusal(saved)
+    message = refusal(saved)
+    assert ("not a readable safetensors file" if kept else "an empty file") in message
+    assert message.endswith(": copy or download it again")
 
 
 def rewrite(path, tensors=None, metadata=None):
@@ -203,6 +179,16 @@ OTHER_WEIGHTS = [
     ({"linear.weight": torch.zeros(4, 9)}, r"'linear.weight' has shape (4, 9), expected (4, 8)"),
     ({"conv1.weight": torch.full((2, 1, 3, 3), torch.nan)}, "'conv1.weight' holds values that are not finite"),
     ({"bn1.running_var": torch.full((2,), torch.inf)}, "'bn1.running_var' holds values that are not finite"),
+    ({"conv1.weight": torch.zeros(2, 1, 3, 3, dtype=torch.int8)}, "'conv1.weight' holds int8, expected float32"),
+    ({"conv1.weight": torch.full((2, 1, 3, 3), 1e300, dtype=torch.float64)}, "holds values that are not finite"),
+    (
+        {"linear.weight": torch.zeros(9, 8), "linear.bias": torch.zeros(9)},
+        "weights of resnet8w2 for 9 classes, expected 4: prepare the dataset",
+    ),
+    (
+        {"conv1.weight": torch.zeros(2, 3, 3, 3)},
+        "weights of resnet8w2 for images of 3 channels, expected 1: set dataset.channels",
+    ),
 ]
 
 
@@ -210,6 +196,27 @@ OTHER_WEIGHTS = [
 def test_weights_that_do_not_fit_are_refused_by_the_tensors_name(saved, tensors, expected):
     rewrite(saved, tensors)
     assert expected in refusal(saved)
+
+
+def test_a_perceptron_for_images_of_another_size_is_refused(tmp_path):
+    path = tmp_path / "mlp.safetensors"
+    save_file(build(GRAY._replace(network="mlp1w4")).network.state_dict(), path)
+    message = refusal(path, GRAY._replace(network="mlp1w4", image_shape=(1, 9, 7)))
+    assert "weights of mlp1w4 for images of another size than 9x7: set dataset.image_size" in message
+
+
+def test_weights_under_other_names_are_refused_with_the_way_to_find_them(saved):
+    save_file({f"model.{name}": tensor for name, tensor in load_file(saved).items()}, saved)
+    assert f"python -m stages.teacher convert {saved}" in refusal(saved, GRAY)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2])
+def test_weights_of_other_precision_load_as_float32(saved, kind):
+    save_file({name: t.to(kind) if t.is_floating_point() else t for name, t in load_file(saved).items()}, saved)
+    model = load_weights(saved, GRAY)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    expected = built(GRAY).network.conv1.weight.to(kind).float()
+    assert torch.equal(model.network.conv1.weight, expected)
 
 
 def test_weights_of_a_deeper_network_are_refused(saved):
@@ -358,71 +365,3 @@ def test_without_bfloat16_instructions_nothing_is_halved(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     model = folded(built(GRAY))
     assert halved(model) is model
-
-
-CHECKPOINTS = {
-    "plain": lambda state: state,
-    "nested": lambda state: {"epoch": 3, "state_dict": state, "optimizer": {"lr": 0.1}},
-    "parallel": lambda state: {"net": {f"module.{name}": tensor for name, tensor in state.items()}, "acc": 92.5},
-    "compiled": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
-    "compiled and parallel": lambda state: {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()},
-    "parallel and compiled": lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
-    "without counters": lambda state: {name: state[name] for name in state if not name.endswith("batches_tracked")},
-}
-
-
-@pytest.mark.parametrize("form", CHECKPOINTS)
-def test_a_pickled_state_dict_is_converted_to_weights_that_load(tmp_path, form):
-    model = built(GRAY)
-    torch.save(CHECKPOINTS[form](model.network.state_dict()), tmp_path / "teacher.pt")
-    count = convert_state_dict(tmp_path / "teacher.pt", tmp_path / "teacher.safetensors")
-    assert count == len(load_file(tmp_path / "teacher.safetensors"))
-    images = images_for(GRAY)
-    assert torch.equal(load_weights(tmp_path / "teacher.safetensors", GRAY).eval()(images), model(images))
-
-
-def test_tensors_that_share_memory_are_converted(tmp_path):
-    whole = torch.arange(6.0)
-    torch.save({"a": whole[:4], "b": whole[2:], "c": whole.view(2, 3).T}, tmp_path / "shared.pt")
-    convert_state_dict(tmp_path / "shared.pt", tmp_path / "shared.safetensors")
-    converted = load_file(tmp_path / "shared.safetensors")
-    assert converted["b"].tolist() == [2, 3, 4, 5]
-    assert torch.equal(converted["c"], whole.view(2, 3).T)
-
-
-NO_STATE_DICT = {
-    "code": (lambda path: torch.save(Trap(), path), "cannot be loaded as tensors alone"),
-    "a whole model": (lambda path: torch.save(nn.Linear(2, 2), path), "save model.state_dict()"),
-    "a list": (lambda path: torch.save([torch.zeros(2)], path), "holds no state dict"),
-    "numbers": (lambda path: torch.save({"epoch": 3}, path), "holds no state dict"),
-    "nothing": (lambda path: path.write_bytes(b""), "cannot be loaded as tensors alone"),
-    "text": (lambda path: path.write_text("weights\n"), "cannot be loaded as tensors alone"),
-    "missing": (lambda path: None, "no such weights file"),
-}
-
-
-@pytest.mark.parametrize("case", NO_STATE_DICT)
-def test_what_is_no_state_dict_is_not_converted(tmp_path, case):
-    write, expected = NO_STATE_DICT[case]
-    path = tmp_path / "teacher.pt"
-    write(path)
-    with pytest.raises(WeightsError) as caught:
-        convert_state_dict(path, tmp_path / "teacher.safetensors")
-    assert str(path) in str(caught.value)
-    assert expected in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "teacher.safetensors").exists()
-
-
-def test_an_existing_file_is_not_overwritten_by_a_conversion(tmp_path):
-    torch.save({"a": torch.zeros(2)}, tmp_path / "teacher.pt")
-    (tmp_path / "teacher.safetensors").write_text("mine")
-    with pytest.raises(WeightsError, match="is there already"):
-        convert_state_dict(tmp_path / "teacher.pt", tmp_path / "teacher.safetensors")
-    assert (tmp_path / "teacher.safetensors").read_text() == "mine"
-
-
-def test_tensors_that_are_not_plain_are_not_converted(tmp_path):
-    torch.save({"a": torch.eye(3).to_sparse()}, tmp_path / "teacher.pt")
-    with pytest.raises(WeightsError, match="holds tensors that are not plain"):
-        convert_state_dict(tmp_path / "teacher.pt", tmp_path / "teacher.safetensors")

@@ -33,7 +33,7 @@ from tests.support.files import (
     truncate,
     write_params,
 )
-from tests.support.helpers import tiny_resnet
+from tests.support.helpers import in_memory, tiny_resnet
 
 STAGES = ("prepare", "teacher", "attack", "student", "evaluate", "report")
 METHODS = ("original", "hinton", "bss", "bss_online")
@@ -347,10 +347,30 @@ def another_teacher(project):
     save_weights(teacher, project / TEACHER)
 
 
-def shuffled_labels(project):
+def rotated_labels(project):
     path = project / "data/prepared/train.h5"
     train = read_prepared(path)
     write_prepared(path, relabelled(train, (train.labels + 1) % 4))
+
+
+def reversed_classes(project):
+    path = project / "data/prepared/validation.h5"
+    split = read_prepared(path)
+    names = split.class_names[::-1]
+    write_prepared(path, in_memory(split.images, 3 - split.labels, names, split.mean, split.std))
+
+
+def other_classes(project):
+    path = project / "data/prepared/validation.h5"
+    split = read_prepared(path)
+    names = (*split.class_names, "more")
+    write_prepared(path, in_memory(split.images, split.labels, names, split.mean, split.std))
+
+
+def mixed_labels(project):
+    path = project / "data/prepared/train.h5"
+    train = read_prepared(path)
+    write_prepared(path, relabelled(train, (train.labels + np.arange(len(train.labels)) // 4) % 4))
 
 
 def prepared_image_changed(project):
@@ -454,7 +474,15 @@ BAD = {
         1,
         "the teacher classifies 25.0% of the images correctly, chance is 25.0%",
     ),
-    "attack a teacher near chance": (shuffled_labels, ("attack",), 1, "of the images correctly, chance is 25.0%"),
+    "samples in another order": (
+        reversed_classes,
+        student("bss"),
+        1,
+        "another order than the validation split: class 0 is 'bird' there, 'frog' here",
+    ),
+    "samples of fewer classes": (other_classes, student("bss"), 1, "the validation split has 5 classes of images"),
+    "attack a teacher of other classes": (rotated_labels, ("attack",), 1, "the teacher's classes are in another order"),
+    "attack a teacher near chance": (mixed_labels, ("attack",), 1, "of the images correctly, chance is 37.5%"),
     "NaN in the teacher's training": (change(NAN | {"teacher.network": "resnet8w2"}), ("teacher",), 1, "the loss is "),
     "NaN in a student's training": (change(NAN), student("original"), 1, "the loss is "),
     "shards missing": (remove("data/bss/manifest.json"), student("bss"), 1, "data/bss/manifest.json: cannot be read"),

@@ -26,6 +26,7 @@ from pipeline.training.batches import BoundaryBatch, BoundarySamples
 from pipeline.training.objective import Moment, Objective
 
 CPU = torch.device("cpu")
+GRAY = Architecture("resnet8w2", 4, (1, 8, 8), (0.4,), (0.3,))
 
 
 def real_data(name):
@@ -299,3 +300,28 @@ def convolved(layer, features):
         for channel in range(features.shape[1]):
             result[:, to] += weight[to, channel, 0, 0] * features[:, channel]
     return result
+
+
+def built(architecture, seed=0):
+    """A classifier with seeded weights, in evaluation mode, whose batch norms are not at their defaults."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(architecture)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_mean, -0.5, 0.5)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+                nn.init.uniform_(module.weight, 0.5, 2)
+                nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.eval()
+
+
+def images_for(architecture, rows=6, seed=0):
+    return torch.rand(rows, *architecture.image_shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Trap:
+    """Would run code if it were unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("the pickle was loaded",)
