@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import stat
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,11 +36,13 @@ class ByteSource(Protocol):
 
 
 class LocalBytes:
-    """A file of this machine's file systems."""
+    """A file of this machine's file systems; it is closed when nobody holds it any more."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would be waited for
+        self._closing = weakref.finalize(self, os.close, self._handle)
+        self._closing.atexit = False  # a process that ends closes its files, whatever Python has taken down by then
         found = os.fstat(self._handle)
         self.size = found.st_size
         if not stat.S_ISREG(found.st_mode):
@@ -58,9 +61,8 @@ class LocalBytes:
             yield file
 
     def close(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        self._handle = -1  # the number may soon be another file's
+        self._closing()
 
 
 class RemoteBytes:
