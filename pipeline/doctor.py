@@ -22,7 +22,7 @@ from pipeline.core.parameters import Params, load_params
 from pipeline.core.store import COPIES
 from pipeline.core.timings import read_records
 from pipeline.images.prepared import read_prepared
-from pipeline.machine.processor import processor
+from pipeline.machine.processor import Limit, cores, processor, threads
 from pipeline.shards.format import columns_of
 
 NEEDED = ("torch", "torchvision", "h5py", "numpy", "pydantic", "safetensors", "lightning-fabric", "altair")
@@ -83,12 +83,16 @@ def _packages() -> Iterator[Line]:
 
 
 def _machine() -> Iterator[Line]:
-    cores = len(os.sched_getaffinity(0))
+    usable, there = cores(), os.cpu_count()
+    of_all = "" if usable.most == there else f" of {there}"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    yield Line("ok", "machine", f"{processor()}, {cores} cores for this process, {memory:.0f} GB of memory")
+    text = f"{processor()}, {usable.most}{of_all} cores for this process ({usable.reason}), {memory:.0f} GB of memory"
+    yield Line("ok", "machine", text)
 
 
 def _device(params: Params) -> Iterator[Line]:
+    limit = Limit(params.runtime.threads, "runtime.threads") if params.runtime.threads else threads()
+    yield Line("ok", "threads", f"{limit.most} of the CPU ({limit.reason})")
     if find_spec("torch") is None:
         return
     import torch  # imported here: slow

@@ -260,7 +260,7 @@ class Runtime(Section):
 
     device: Literal["auto", "cpu", "cuda"]
     devices: Count = Field(description="GPUs, or CPU processes, that share the batches of a training run")
-    threads: Count | None = Field(description="of the CPU; by default all cores")
+    threads: Count | None = Field(description="of the CPU; by default a core each, or OMP_NUM_THREADS")
     workers: Count | None = Field(
         description="seeds trained, or shards made, side by side on a CPU; by default one a core"
     )

@@ -25,6 +25,7 @@ WITHOUT_EFFECT = {
     "pipeline.core.timings": "how long stages took",
     "pipeline.machine.cluster": "starts processes",
     "pipeline.machine.forks": "starts processes",
+    "pipeline.machine.processor": "what this machine has; as `runtime`, it changes results by rounding at most",
     "pipeline.networks.loading": "refuses a network, or lets it pass",
     "pipeline.search.table": "searches by name: the one that was chosen is named where it is used",
     "pipeline.shards.check": "refuses a shard, or lets it pass",

@@ -59,6 +59,19 @@ def test_a_problem_says_what_to_do(project, changes, topic, advice):
     assert result.stdout.splitlines()[-1] == "1 problem"
 
 
+def test_what_limits_the_cpu_is_told(project, monkeypatch):
+    first = min(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {first, 63})
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    write_params(project / "params.yaml", {"runtime.threads": None})
+    lines = lines_of(run_stage("doctor"))
+    assert "2 of 64 cores for this process (CPU affinity)" in lines["ok", "machine"]
+    assert lines["ok", "threads"] == "1 of the CPU (OMP_NUM_THREADS)"
+    write_params(project / "params.yaml", {"runtime.threads": 5})
+    assert lines_of(run_stage("doctor"))["ok", "threads"] == "5 of the CPU (runtime.threads)"
+
+
 def test_too_little_disk_is_a_problem(project):
     params = load_params(project / "params.yaml")
     (line,) = disk(project, params, free=1000)
