@@ -13,13 +13,23 @@ from typing import Any
 
 import click
 
-from pipeline.core.errors import ParameterError, PipelineError
+from pipeline.core.errors import ParameterError, PipelineError, shown
+from pipeline.core.files import local_path
 from pipeline.core.text import one_line
 from pipeline.core.timings import RunRecord, record_run
 
 WORK = Path(".work")  # the private store: ignored by git and DVC
 RUNS = "runs"  # in it: how long stages took
-PATH = click.Path(path_type=Path)
+
+
+class LocalPath(click.Path):
+    """A path as `local_path` takes it."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        return super().convert(local_path(value), parameter, context)
+
+
+PATH = LocalPath(path_type=Path)
 
 EXIT_FAILED, EXIT_BAD_PARAMETERS, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 bad parameters or usage, 130 interrupted."
@@ -75,6 +85,11 @@ def errors_in_one_line(function: Callable[..., Any] | None = None, *, interrupte
                 raise
             _complain(f"error: {error}")
             sys.exit(EXIT_BAD_PARAMETERS if isinstance(error, ParameterError) else EXIT_FAILED)
+        except OSError as error:
+            if debug or isinstance(error, BrokenPipeError):  # whoever read has had enough: click ends quietly
+                raise
+            say_refused(error)
+            sys.exit(EXIT_FAILED)
         except (MemoryError, RuntimeError) as error:
             known = None if debug else _known(error)
             if known is None:
@@ -101,6 +116,17 @@ def _known(error: MemoryError | RuntimeError) -> str | None:
     if any(sign in text for sign in ("gloo", "NCCL", "DistNetworkError", "DistBackendError")):
         return "another process of this training is gone: run again, what is finished is kept"
     return None
+
+
+def say_refused(error: OSError) -> None:
+    """Say in one line what the system refuses: to write standard output, or of which file what."""
+    where = f"{shown(str(error.filename))}: " if error.filename is not None else ""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        where = "standard output: "
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
+    _complain(f"error: {where}{error.strerror or one_line(error)}")
 
 
 def _complain(message: str) -> None:

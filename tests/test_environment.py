@@ -25,7 +25,7 @@ case "$*" in
 available.  On Debian/Ubuntu systems, you need to install the python3-venv package.\\n'; exit 1; }
     [ "$fault" = venv-full ] && { echo "Error: [Errno 28] No space left on device" >&2; exit 1; }
     case $PWD in
-    *" "*) printf "#!/bin/sh\\n'''exec' \\"%s/.venv/bin/python\\" \\"\\$0\\" \\"\\$@\\"\\n' '''\\n" "$PWD" >.venv/bin/pip ;;
+    *" "*) printf "#!/bin/sh\\n'''exec' \\"%s/.venv/bin/python\\" \\"\\$0\\"\\n' '''\\n" "$PWD" >.venv/bin/pip ;;
     *) printf '#!%s/.venv/bin/python\\n' "$PWD" >.venv/bin/pip ;;
     esac ;;
 "-m pip --version") ;;

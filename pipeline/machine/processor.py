@@ -22,7 +22,7 @@ class Limit(NamedTuple):
 def processor() -> str:
     """Return the name of the CPU, as the system has it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -52,7 +52,7 @@ def threads(root: Path = Path("/")) -> Limit:
 def _quotas(root: Path) -> Iterator[tuple[float, Path]]:
     """Yield the CPU quota, in cores, of every control group that this process is in, and of all around it."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:
@@ -79,7 +79,7 @@ def _quota_of(place: Path) -> float | None:
     names = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
     for files in names:
         try:
-            quota, period = map(int, " ".join((place / name).read_text() for name in files).split())
+            quota, period = map(int, " ".join((place / name).read_text(encoding="utf-8") for name in files).split())
         except (OSError, ValueError):  # no such file, or 'max'
             continue
         if quota > 0 and period > 0:

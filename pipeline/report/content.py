@@ -68,7 +68,7 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
         DataError: it is not there, or not what training writes.
     """
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             return [
                 {"seed": int(row["seed"]), "epoch": int(row["epoch"])}
                 | {"validation_accuracy": float(row["validation_accuracy"])}

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import h5py
 
 from pipeline.core.errors import ShardError
+from pipeline.core.files import local_path
 
 DIGEST_BLOCK = 1 << 20  # bytes in memory while a file is digested
 METADATA_BLOCK = 1 << 16  # bytes that HDF5 reads of a remote file at a time
@@ -152,12 +153,14 @@ Folder = LocalFolder | RemoteFolder
 
 
 def folder_at(place: Path | str) -> Folder:
-    """Return a folder by its path, or by a URL as s3://bucket/folder or https://host/folder.
+    """Return a folder by its path (also file://...), or by a URL as s3://bucket/folder or https://host/folder.
 
     Raises:
         ShardError: fsspec, or its part for that kind of URL, is not installed.
     """
-    return RemoteFolder(place) if isinstance(place, str) and "://" in place else LocalFolder(Path(place))
+    if isinstance(place, str) and "://" in place and not place.startswith("file://"):
+        return RemoteFolder(place)
+    return LocalFolder(local_path(place))
 
 
 def as_folder(place: Path | Folder) -> Folder:
