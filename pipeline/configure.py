@@ -13,7 +13,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
 from pipeline.core.errors import ParameterError
-from pipeline.core.files import local_path, write_atomically
+from pipeline.core.files import as_utf8, local_path, write_atomically
 from pipeline.core.parameters import check_params
 from pipeline.core.text import leaves, names_in, one_line
 
@@ -90,7 +90,7 @@ def _values_of(overlay: str, document: Any) -> Any:
         return _read(local_path(overlay))
     if " #" in text and text.strip()[0] not in "'\"":
         raise ParameterError(f"{overlay}: put the value in quotes: after ' #', YAML reads a comment")
-    value = _parsed(text, overlay)
+    value = _parsed(as_utf8(text), overlay)
     for name in reversed(names_in(document, key.strip())):
         value = {name: value}
     return value

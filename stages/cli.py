@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import click
@@ -121,11 +122,9 @@ def _known(error: MemoryError | RuntimeError) -> str | None:
 def say_refused(error: OSError) -> None:
     """Say in one line what the system refuses: to write standard output, or of which file what."""
     where = f"{shown(str(error.filename))}: " if error.filename is not None else ""
-    try:
-        sys.stdout.flush()
-    except OSError:
+    if any(frame.f_globals.get("__name__") == click.echo.__module__ for frame, _ in walk_tb(error.__traceback__)):
         where = "standard output: "
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python may try again when it ends
     _complain(f"error: {where}{error.strerror or one_line(error)}")
 
 

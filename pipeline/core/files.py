@@ -51,7 +51,13 @@ def local_path(place: Path | str) -> Path:
     text = os.fspath(place)
     if text.startswith(("file:///", "file://localhost/")):
         text = unquote(text.removeprefix("file://").removeprefix("localhost"))
-    return Path(os.path.expanduser(text))  # Path.expanduser fails where there is no such home
+    text = os.path.expanduser(text)  # Path.expanduser fails where there is no such home
+    return Path(os.fsdecode(text.encode("utf-8", "surrogateescape")))  # of a file, perhaps under a locale of ASCII
+
+
+def as_utf8(text: str) -> str:
+    """Return a name or an argument that the system gave as it is under a locale of UTF-8, whatever the locale."""
+    return os.fsencode(text).decode("utf-8", "surrogateescape")
 
 
 @contextlib.contextmanager
