@@ -1,11 +1,11 @@
-# `make repro` and `make test` work on a fresh clone: both make .venv first when it is missing.
+# All work on a fresh clone: .venv is made first where it is missing, not whole, or of another folder or Python.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 EXPERIMENTS := methods weights views targets attacks few few_draws stability
 
-.PHONY: help repro experiments test bench lint style clean
+.PHONY: help environment repro experiments test bench lint style clean
 
 help:
 	@echo "make repro   install into .venv and run the whole pipeline (dvc repro)"
@@ -15,17 +15,17 @@ help:
 	@echo "make bench   measure everything in docs/BENCHMARKS.md again (half an hour; needs real images, see there)"
 	@echo "make lint    check style and types only"
 	@echo "make style   rewrite the code in the project's style"
+	@echo "make ... PYTHON=python3.12  with another Python than python3 in .venv"
 	@echo "make clean   remove .venv and caches of tools"
 
-.venv/.installed: setup.cfg pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dvc,test]'
-	touch $@
+environment:
+	@.ci/environment "$(PYTHON)"
 
-repro: .venv/.installed
+repro: environment
+	@python -m stages.doctor --dvc
 	dvc repro
 
-experiment-%: .venv/.installed
+experiment-%: environment
 	dvc repro teacher
 	python -m stages.experiment experiments/$*.yaml
 
@@ -34,19 +34,19 @@ experiments: $(EXPERIMENTS:%=experiment-%)
 test: lint
 	python -m pytest
 
-bench: .venv/.installed
-	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+bench:
+	@.ci/environment "$(PYTHON)" bench
 	python -m benchmarks.attack
 	python -m benchmarks.students
 	python -m benchmarks.shards
 
-lint: .venv/.installed
+lint: environment
 	ruff check .
 	ruff format --check .
 	lint-imports --no-cache
 	mypy
 
-style: .venv/.installed
+style: environment
 	ruff check --fix .
 	ruff format .
 

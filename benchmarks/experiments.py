@@ -35,12 +35,12 @@ def main(reports: Path) -> None:
             return place[0]
         for file, to in (("results.json", RESULTS / f"{name}.json"), ("figure.svg", FIGURES / f"{name}.svg")):
             if (folder / file).exists():
-                write_atomically(to, (folder / file).read_text())
+                write_atomically(to, (folder / file).read_text(encoding="utf-8"))
         click.echo(f"{DOCUMENT.name}: {name}")
         table = results_table(read_results(folder / "results.json"))
         return f"<!-- experiment {name} -->\n{table}\n{machine(torch.device('cpu'))}.\n<!-- end -->"
 
-    write_atomically(DOCUMENT, PLACE.sub(block, DOCUMENT.read_text()))
+    write_atomically(DOCUMENT, PLACE.sub(block, DOCUMENT.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def publish(name: str, device: torch.device, records: list[dict[str, Any]], text
     head = {"benchmark": name, "machine": machine(device)}
     write_atomically(RESULTS / f"{name}.jsonl", "".join(json.dumps(each) + "\n" for each in [head, *records]))
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    before, rest = DOCUMENT.read_text().split(begin)
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(begin)
     write_atomically(DOCUMENT, f"{before}{begin}\n{text}\n\n{head['machine']}.\n{end}{rest.split(end)[1]}")
     click.echo(text)
 

@@ -13,7 +13,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
 from pipeline.core.errors import ParameterError
-from pipeline.core.files import write_atomically
+from pipeline.core.files import as_utf8, local_path, write_atomically
 from pipeline.core.parameters import check_params
 from pipeline.core.text import leaves, names_in, one_line
 
@@ -66,7 +66,7 @@ def _yaml() -> YAML:
 
 def _read(path: Path) -> Any:
     try:
-        document = _parsed(path.read_text(), str(path))
+        document = _parsed(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ParameterError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -86,11 +86,11 @@ def _parsed(text: str, source: str) -> Any:
 def _values_of(overlay: str, document: Any) -> Any:
     """Return the nested values of a preset's file or of `key=value`, a key of the document."""
     key, equals, text = overlay.partition("=")
-    if not equals or Path(overlay).is_file():
-        return _read(Path(overlay))
+    if not equals or local_path(overlay).is_file():
+        return _read(local_path(overlay))
     if " #" in text and text.strip()[0] not in "'\"":
         raise ParameterError(f"{overlay}: put the value in quotes: after ' #', YAML reads a comment")
-    value = _parsed(text, overlay)
+    value = _parsed(as_utf8(text), overlay)
     for name in reversed(names_in(document, key.strip())):
         value = {name: value}
     return value

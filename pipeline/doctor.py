@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,12 +18,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pipeline.core.errors import PipelineError
-from pipeline.core.parameters import Params, load_params
+from pipeline.core.errors import PipelineError, shown
+from pipeline.core.files import local_path
+from pipeline.core.parameters import Params, load_params, read_yaml
 from pipeline.core.store import COPIES
+from pipeline.core.text import leaves
 from pipeline.core.timings import read_records
 from pipeline.images.prepared import read_prepared
-from pipeline.machine.processor import processor
+from pipeline.machine.processor import Limit, cores, processor, threads
 from pipeline.shards.format import columns_of
 
 NEEDED = ("torch", "torchvision", "h5py", "numpy", "pydantic", "safetensors", "lightning-fabric", "altair")
@@ -34,6 +37,9 @@ OPTIONAL = {
     "pyarrow": "for `shards export`: pip install '.[parquet]'",
 }
 DVC_SECONDS = 60
+NO_GIT = "is not a git repository"  # in what DVC says
+NO_SCM = "dvc config --local core.no_scm true"
+INIT = "git init && dvc init (without git: dvc init --no-scm)"
 
 
 class Line(NamedTuple):
@@ -65,7 +71,7 @@ def examine(folder: Path, params_path: Path) -> Iterator[Line]:
         yield from disk(folder, params)
     yield from _locks(folder)
     yield from _timings(folder)
-    yield from _dvc(folder, params)
+    yield from dvc_lines(folder, params_path)
 
 
 def _packages() -> Iterator[Line]:
@@ -83,12 +89,16 @@ def _packages() -> Iterator[Line]:
 
 
 def _machine() -> Iterator[Line]:
-    cores = len(os.sched_getaffinity(0))
+    usable, there = cores(), os.cpu_count()
+    of_all = "" if usable.most == there else f" of {there}"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    yield Line("ok", "machine", f"{processor()}, {cores} cores for this process, {memory:.0f} GB of memory")
+    text = f"{processor()}, {usable.most}{of_all} cores for this process ({usable.reason}), {memory:.0f} GB of memory"
+    yield Line("ok", "machine", text)
 
 
 def _device(params: Params) -> Iterator[Line]:
+    limit = Limit(params.runtime.threads, "runtime.threads") if params.runtime.threads else threads()
+    yield Line("ok", "threads", f"{limit.most} of the CPU ({limit.reason})")
     if find_spec("torch") is None:
         return
     import torch  # imported here: slow
@@ -121,8 +131,9 @@ def _dataset(params: Params) -> Iterator[Line]:
         yield Line("ok", "dataset", f"images of {path}")
     else:
         yield Line("ok", "dataset", f"{name}, from {path}, or downloaded to it")
-    if params.teacher.weights and not Path(params.teacher.weights).is_file():
-        yield Line("problem", "teacher", f"teacher.weights: {params.teacher.weights} does not exist")
+    for key, given in (("weights", params.teacher.weights), ("pretrained", params.teacher.pretrained)):
+        if given and not Path(given).is_file():
+            yield Line("problem", "teacher", f"teacher.{key}: {given} does not exist")
 
 
 def disk(folder: Path, params: Params, free: int | None = None) -> Iterator[Line]:
@@ -151,7 +162,7 @@ def disk(folder: Path, params: Params, free: int | None = None) -> Iterator[Line
 def _locks(folder: Path) -> Iterator[Line]:
     """Say which runs are under way: owners of locks that are alive."""
     for path in sorted((folder / ".work").glob("*.pid")):
-        owner = path.read_text().strip()
+        owner = path.read_text(encoding="utf-8").strip()
         if owner.isdigit() and _holds(int(owner), path.with_suffix(".lock")):
             yield Line("note", "lock", f"process {owner} is at work ({path.stem}): another run of it would wait")
 
@@ -171,8 +182,13 @@ def _timings(folder: Path) -> Iterator[Line]:
         yield Line("ok", name, f"took {record.seconds:,.1f} s when it last had work: {record.said}")
 
 
-def _dvc(folder: Path, params: Params | None) -> Iterator[Line]:
-    """Say what `dvc status` says of the stages."""
+def dvc_lines(folder: Path, params_path: Path) -> Iterator[Line]:
+    """Say what hinders `dvc repro`, which itself may tell it after hours of work; else what it would run.
+
+    Args:
+        folder: of the project.
+        params_path: the parameter file.
+    """
     program = Path(sys.executable).with_name("dvc")
     command = str(program) if program.is_file() else shutil.which("dvc")
     if command is None:
@@ -180,22 +196,79 @@ def _dvc(folder: Path, params: Params | None) -> Iterator[Line]:
     if not (folder / "dvc.yaml").is_file():
         yield Line("problem", "DVC", f"{folder.resolve()} has no dvc.yaml: change to the project's folder")
         return
-    if not (folder / ".dvc").is_dir():
-        yield Line("note", "DVC", "this folder is no DVC repository: git init && dvc init, or run stages alone")
+    problems = [*_repository(folder), *_paths(folder, params_path), *_links(folder, command)]
+    yield from problems or _status(folder, command)
+
+
+def _repository(folder: Path) -> Iterator[Line]:
+    """Say what is wrong with the folder itself."""
+    if not any((above / ".dvc").is_dir() for above in (folder, *folder.resolve().parents)):
+        yield Line("problem", "DVC", f"there is no .dvc here: {INIT}, or run stages alone, without DVC")
+    for path in (folder, folder / ".dvc"):
+        if path.is_dir() and not os.access(path, os.W_OK):
+            yield Line("problem", "DVC", f"{path.resolve()} cannot be written: copy the project to a folder of yours")
+            return
+
+
+def _paths(folder: Path, params_path: Path) -> Iterator[Line]:
+    """Say which paths of the parameters DVC cannot follow."""
+    try:
+        values = dict(leaves(read_yaml(params_path)))
+    except (PipelineError, AttributeError):  # which `parameters` tells
         return
-    if params is not None and not (folder / params.code).is_dir():
-        yield Line("problem", "code", f"{params.code} does not exist, and DVC looks at it: mkdir -p {params.code}")
+    for name in ("code", "dataset.path"):
+        path = values.get(name)
+        if isinstance(path, str) and path.startswith(("~", "file:")):
+            full = shlex.quote(f"{name}={local_path(path)}")
+            yield Line("problem", name, f"DVC takes {path} literally: python -m stages.configure {full}")
+        elif name == "code" and isinstance(path, str) and not (folder / path).is_dir():
+            yield Line("problem", "code", f"{path} does not exist, and DVC looks at it: mkdir -p {shlex.quote(path)}")
+
+
+def _links(folder: Path, command: str) -> Iterator[Line]:
+    """Say which folders of results lead out of the git repository: DVC refuses the results when they are made."""
+    repository = next((above for above in (folder / "x").resolve().parents if (above / ".git").exists()), None)
+    if repository is None:
         return
     try:
-        status = subprocess.run(
-            [command, "status", "--json", "dvc.yaml"], cwd=folder, capture_output=True, text=True, timeout=DVC_SECONDS
-        )
+        stages = read_yaml(folder / "dvc.yaml").get("stages", {}).values()
+        results = [out for stage in stages for kind in ("outs", "metrics") for out in stage.get(kind, [])]
+        above = {
+            parent for out in results for parent in Path(next(iter(out)) if isinstance(out, dict) else out).parents
+        }
+    except (PipelineError, AttributeError, TypeError):  # which `dvc status` tells
+        return
+    links = [path for path in sorted(above) if (folder / path).is_symlink()]
+    away = [path for path in links if not (folder / path).resolve().is_relative_to(repository)]
+    if away and _dvc_says(folder, command, "config", "core.no_scm").stdout.strip() != b"true":
+        for path in away:
+            yield Line(
+                "problem",
+                "DVC",
+                f"{path} leads to {(folder / path).resolve()}, out of the git repository, where DVC keeps no results: "
+                f"make {path} a folder, in which what you bring may be a link; for room elsewhere: "
+                "dvc cache dir --local FOLDER && dvc config --local cache.type symlink",
+            )
+
+
+def _status(folder: Path, command: str) -> Iterator[Line]:
+    """Say what `dvc status` says of the stages."""
+    try:
+        status = _dvc_says(folder, command, "status", "--json", "dvc.yaml")
         stages = list(json.loads(status.stdout))
     except subprocess.TimeoutExpired:
         yield Line("note", "DVC", f"`dvc status` takes more than {DVC_SECONDS} s")
     except ValueError:
-        reason = (status.stderr.strip().splitlines() or ["no answer"])[0]
-        yield Line("problem", "DVC", f"`dvc status` fails: {reason}")
+        said = status.stderr.decode(errors="replace")
+        if NO_GIT in said:
+            yield Line("problem", "DVC", f"this is no git repository: git init, or to do without: {NO_SCM}")
+        else:
+            reason = shown((said.strip().splitlines() or ["no answer"])[0])
+            yield Line("problem", "DVC", f"`dvc status` fails: {reason}")
     else:
         changed = ", ".join(name.removeprefix("dvc.yaml:") for name in stages)
         yield Line("note", "DVC", f"to run: {changed}: dvc repro") if stages else Line("ok", "DVC", "all is up to date")
+
+
+def _dvc_says(folder: Path, command: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([command, *arguments], cwd=folder, capture_output=True, timeout=DVC_SECONDS)

@@ -9,17 +9,28 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import click
 
-from pipeline.core.errors import ParameterError, PipelineError, known_problem
+from pipeline.core.errors import ParameterError, PipelineError, known_problem, shown
+from pipeline.core.files import local_path
 from pipeline.core.text import one_line
 from pipeline.core.timings import RunRecord, record_run
 
 WORK = Path(".work")  # the private store: ignored by git and DVC
 RUNS = "runs"  # in it: how long stages took
-PATH = click.Path(path_type=Path)
+
+
+class LocalPath(click.Path):
+    """A path as `local_path` takes it."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        return super().convert(local_path(value), parameter, context)
+
+
+PATH = LocalPath(path_type=Path)
 
 EXIT_FAILED, EXIT_BAD_PARAMETERS, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 bad parameters or usage, 130 interrupted."
@@ -82,6 +93,11 @@ def errors_in_one_line(function: Callable[..., Any] | None = None, *, interrupte
                 raise
             _complain(f"error: {error}")
             sys.exit(EXIT_BAD_PARAMETERS if isinstance(error, ParameterError) else EXIT_FAILED)
+        except OSError as error:
+            if debug or isinstance(error, BrokenPipeError):  # whoever read has had enough: click ends quietly
+                raise
+            say_refused(error)
+            sys.exit(EXIT_FAILED)
         except (MemoryError, RuntimeError) as error:
             known = None if debug else known_problem(error)
             if known is None:
@@ -98,6 +114,15 @@ def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.01)
     else:
         sys.__unraisablehook__(dropped)
+
+
+def say_refused(error: OSError) -> None:
+    """Say in one line what the system refuses: to write standard output, or of which file what."""
+    where = f"{shown(str(error.filename))}: " if error.filename is not None else ""
+    if any(frame.f_globals.get("__name__") == click.echo.__module__ for frame, _ in walk_tb(error.__traceback__)):
+        where = "standard output: "
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python may try again when it ends
+    _complain(f"error: {where}{error.strerror or one_line(error)}")
 
 
 def _complain(message: str) -> None:

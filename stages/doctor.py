@@ -7,14 +7,15 @@ from pathlib import Path
 
 import click
 
-from pipeline.doctor import examine
+from pipeline.doctor import dvc_lines, examine
 from stages.cli import EXIT_CODES, EXIT_FAILED, NOTHING_WRITTEN, errors_in_one_line, params_option
 
 
 @click.command(epilog=EXIT_CODES)
 @params_option
+@click.option("--dvc", "only_dvc", is_flag=True, help="Look only for what hinders `dvc repro`, and say only that.")
 @errors_in_one_line(interrupted=NOTHING_WRITTEN)
-def main(params_path: Path) -> None:
+def main(params_path: Path, only_dvc: bool) -> None:
     """Look whether this machine and folder are fit for a run, and say what to do if not.
 
     Prints versions, devices, parameters, dataset, free disk (GB), runs under way and what DVC would run. Exits with 1
@@ -24,10 +25,12 @@ def main(params_path: Path) -> None:
     Example: python -m stages.doctor
     """
     problems = 0
-    for line in examine(Path(), params_path):
-        click.echo(f"{line.state:<9}{line.topic:<18}{line.text}")
+    for line in dvc_lines(Path(), params_path) if only_dvc else examine(Path(), params_path):
+        if not only_dvc or line.state == "problem":
+            click.echo(f"{line.state:<9}{line.topic:<18}{line.text}")
         problems += line.state == "problem"
-    click.echo(f"{problems} problem{'' if problems == 1 else 's'}" if problems else "nothing hinders a run")
+    if problems or not only_dvc:
+        click.echo(f"{problems} problem{'' if problems == 1 else 's'}" if problems else "nothing hinders a run")
     if problems:
         sys.exit(EXIT_FAILED)
 

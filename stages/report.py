@@ -31,9 +31,9 @@ from pipeline.report.summary import (
     summarise,
     summary_table,
 )
+from pipeline.shards.check import check_same_data
 from pipeline.shards.quantiles import margins_and_distances
 from pipeline.shards.reader import BoundaryShards
-from pipeline.student.inputs import check_same_data
 from stages.cli import (
     EXIT_CODES,
     NOTHING_WRITTEN,
@@ -96,7 +96,7 @@ def main(
             f"{shards}: has samples of another teacher than {teacher}: make it with: python -m stages.attack"
         )
     if not other_data:
-        check_same_data(dataset, train, prepared)
+        check_same_data(shards, dataset.manifest, train.digest, prepared)
     models: dict[str, Classifier] = {"teacher": loaded.model}
     for student, method in names:
         title = method if len(params.students) == 1 else f"{student} {method}"

@@ -60,6 +60,19 @@ def test_modules_import_from_modules():
                 assert not any(alias.name.split(".")[0] == "pipeline" for alias in node.names), module
 
 
+def test_files_are_read_and_written_as_utf8_whatever_the_locale():
+    for module in modules_of("pipeline") | modules_of("stages"):
+        for node in ast.walk(ast.parse(path_of(module).read_text())):
+            if not isinstance(node, ast.Call) or "encoding" in {each.arg for each in node.keywords}:
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            modes = [each.value for each in node.args[1:] if isinstance(each, ast.Constant)]
+            text = isinstance(node.func, ast.Name) and name == "open" and not any("b" in f"{mode}" for mode in modes)
+            assert name not in ("read_text", "write_text"), f"{module}, line {node.lineno}: encoding"
+            assert not text, f"{module}, line {node.lineno}: encoding"
+            assert "text" not in {each.arg for each in node.keywords} or name != "run", f"{module}, line {node.lineno}"
+
+
 def test_modules_without_effect_exist():
     assert WITHOUT_EFFECT.keys() <= modules_of("pipeline")
 

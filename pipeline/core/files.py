@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pipeline.core.errors import StoreError, shown
 
@@ -38,6 +39,25 @@ CANNOT_BE_WRITTEN = {
     )
 }
 COPIED_BYTES = 1 << 30  # at a time; the file system shares blocks where it can
+
+
+def local_path(place: Path | str) -> Path:
+    """Return a path as people and programs write it: `~` is the home folder, and file:///a%20b is /a b.
+
+    Example:
+        >>> local_path("file:///data/a%20b")
+        PosixPath('/data/a b')
+    """
+    text = os.fspath(place)
+    if text.startswith(("file:///", "file://localhost/")):
+        text = unquote(text.removeprefix("file://").removeprefix("localhost"))
+    text = os.path.expanduser(text)  # Path.expanduser fails where there is no such home
+    return Path(os.fsdecode(text.encode("utf-8", "surrogateescape")))  # of a file, perhaps under a locale of ASCII
+
+
+def as_utf8(text: str) -> str:
+    """Return a name or an argument that the system gave as it is under a locale of UTF-8, whatever the locale."""
+    return os.fsencode(text).decode("utf-8", "surrogateescape")
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.core.errors import ParameterError
 from pipeline.core.extensions import find_loss, known_losses, trust_own_networks, use_own_code
+from pipeline.core.files import local_path
 from pipeline.core.network_names import check_network
 from pipeline.core.text import one_line
 
@@ -63,6 +64,7 @@ def _printable_line(text: str) -> str:
 
 
 Line = Annotated[str, AfterValidator(_printable_line)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(lambda text: str(local_path(text)))]
 
 
 class Section(BaseModel):
@@ -75,7 +77,7 @@ class Dataset(Section):
     """The images and their splits."""
 
     name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder", "spirals"]
-    path: Annotated[str, Field(min_length=1)] = Field(description="of an imagefolder; where others are downloaded to")
+    path: PathText = Field(description="of an imagefolder; where others are downloaded to")
     image_size: tuple[Count, Count] | None = Field(strict=False, description="height and width to resize to")
     channels: Literal[1, 3] | None = Field(description="gray or RGB; by default, as the first image")
     train_images: Count | None = Field(description="of the training part, at most, evenly by class")
@@ -111,12 +113,8 @@ class Teacher(Section):
     """The network to distil: trained here, or imported from a safetensors file."""
 
     network: NetworkName
-    weights: Annotated[str, Field(min_length=1)] | None = Field(
-        description="safetensors file to import instead of training"
-    )
-    pretrained: Annotated[str, Field(min_length=1)] | None = Field(
-        description="safetensors file of the same network that training goes on from"
-    )
+    weights: PathText | None = Field(description="safetensors file to import instead of training")
+    pretrained: PathText | None = Field(description="safetensors file of the same network that training goes on from")
     mean: list[float] | None = Field(description="per channel, to normalise by; by default, of the training split")
     std: list[Positive] | None = Field(description="per channel, to normalise by; by default, of the training split")
     seed: Seed
@@ -270,7 +268,7 @@ class Runtime(Section):
 
     device: Literal["auto", "cpu", "cuda"]
     devices: Count = Field(description="GPUs, or CPU processes, that share the batches of a training run")
-    threads: Count | None = Field(description="of the CPU; by default all cores")
+    threads: Count | None = Field(description="of the CPU; by default a core each, or OMP_NUM_THREADS")
     workers: Count | None = Field(
         description="seeds trained, or shards made, side by side on a CPU; by default one a core"
     )
@@ -280,7 +278,7 @@ class Runtime(Section):
 class Params(Section):
     """All of params.yaml."""
 
-    code: Annotated[str, Field(min_length=1)] = Field(description="folder of the user's modules, the package `own`")
+    code: PathText = Field(description="folder of the user's modules, the package `own`")
     dataset: Dataset
     views: Views
     teacher: Teacher
@@ -323,7 +321,7 @@ def load_params(path: Path | str) -> Params:
         ParameterError: the file is missing or no YAML, or a parameter is not as declared; names the key, what was
             expected and what came.
     """
-    return check_params(read_yaml(Path(path)), str(path))
+    return check_params(read_yaml(local_path(path)), str(path))
 
 
 def read_yaml(path: Path) -> Any:
@@ -346,7 +344,7 @@ def check_params(values: Any, source: str) -> Params:
     The user's modules in the folder `code` are those that names `own.<module>.<name>` mean from then on.
     """
     if isinstance(values, dict) and isinstance(values.get("code"), str):
-        use_own_code(Path(values["code"]))
+        use_own_code(local_path(values["code"]))
     try:
         params = Params.model_validate(values)
     except ValidationError as error:

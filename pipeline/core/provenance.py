@@ -25,6 +25,7 @@ WITHOUT_EFFECT = {
     "pipeline.core.timings": "how long stages took",
     "pipeline.machine.cluster": "starts processes",
     "pipeline.machine.forks": "starts processes",
+    "pipeline.machine.processor": "what this machine has; as `runtime`, it changes results by rounding at most",
     "pipeline.networks.file_kinds": "messages",
     "pipeline.networks.loading": "refuses a network, or lets it pass",
     "pipeline.networks.template": "says why weights do not fit",
@@ -83,7 +84,7 @@ def _own_digest(module: str, known: dict[str, str]) -> str:
 @functools.cache
 def _content_of(module: str, path: Path) -> tuple[list[tuple[str, str, str]], str]:
     """Return what a module imports of the project, and the digest of the rest of it, as this process first saw it."""
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     imports = list(_imports(module, tree))
     shape = _shape(_WithoutProjectImports().visit(tree))
     return imports, hashlib.sha256(repr(shape).encode()).hexdigest()
@@ -137,7 +138,7 @@ def path_of(module: str) -> Path:
 
 def imported_by(module: str) -> set[str]:
     """Return the project's modules that a module imports anywhere in its source, also inside functions."""
-    return {source for source, _, _ in _imports(module, ast.parse(path_of(module).read_text()))}
+    return {source for source, _, _ in _imports(module, ast.parse(path_of(module).read_text(encoding="utf-8")))}
 
 
 def _imports(module: str, tree: ast.AST) -> Iterator[tuple[str, str, str]]:
@@ -180,5 +181,5 @@ def _passed_on_by(package: str) -> Iterator[tuple[str, str, str]]:
     for suffix in (".pyi", ".py"):
         path = path_of(f"{package}.__init__").with_suffix(suffix)
         if path.is_file():
-            yield from _imports(f"{package}.__init__", ast.parse(path.read_text()))
+            yield from _imports(f"{package}.__init__", ast.parse(path.read_text(encoding="utf-8")))
             return

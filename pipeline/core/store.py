@@ -37,12 +37,12 @@ def lock(path: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             file_lock.acquire(timeout=0)
     except Timeout:
-        pid = owner.read_text() if owner.is_file() else "unknown"
+        pid = owner.read_text(encoding="utf-8") if owner.is_file() else "unknown"
         on_wait(f"{path} is held by process {pid}: waiting for it")
         file_lock.acquire()
     try:
         with _write_errors(owner):
-            owner.write_text(str(os.getpid()))
+            owner.write_text(str(os.getpid()), encoding="utf-8")
         yield
     finally:
         file_lock.release()
@@ -75,7 +75,7 @@ class Store:
 
     def digest(self, name: str) -> str:
         """Return the sha256 that was recorded of a stored file."""
-        return _digest_path(self.path(name)).read_text()
+        return _digest_path(self.path(name)).read_text(encoding="utf-8")
 
     def seal(self, name: str) -> Path:
         """Declare the file at `path(name)` finished."""

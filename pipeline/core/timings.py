@@ -20,7 +20,9 @@ def record_run(directory: Path, name: str, record: RunRecord) -> None:
     """Keep the record of a run, in the place of the one before, if it can be: the run itself has ended well."""
     with contextlib.suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"{name}.json").write_text(record.model_dump_json() + "\n")  # half a record counts as none
+        (directory / f"{name}.json").write_text(
+            record.model_dump_json() + "\n", encoding="utf-8"
+        )  # half a record counts as none
 
 
 def read_records(directory: Path) -> dict[str, RunRecord]:
@@ -28,5 +30,5 @@ def read_records(directory: Path) -> dict[str, RunRecord]:
     found = {}
     for path in sorted(directory.glob("*.json")):
         with contextlib.suppress(OSError, ValueError):  # pydantic's errors are ValueErrors
-            found[path.stem] = RunRecord.model_validate_json(path.read_text())
+            found[path.stem] = RunRecord.model_validate_json(path.read_text(encoding="utf-8"))
     return found

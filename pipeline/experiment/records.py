@@ -84,7 +84,7 @@ class RunRecords:
         if not path.exists():
             return None
         try:
-            record = RunRecord.model_validate_json(path.read_text())
+            record = RunRecord.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read ({one_line(error)}); delete it to train again") from None
         return record if record.wanted == wanted and code in (None, record.code) else None

@@ -118,7 +118,7 @@ def read_results(path: Path) -> Results:
         DataError: it is not there, or not what an experiment writes.
     """
     try:
-        return Results.model_validate_json(path.read_text())
+        return Results.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({one_line(error)})") from None
 

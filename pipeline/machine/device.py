@@ -11,6 +11,7 @@ import torch
 
 from pipeline.core.errors import ParameterError
 from pipeline.core.parameters import Runtime
+from pipeline.machine.processor import cores, threads
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 KEPT_BYTES = 1 << 30  # of memory that is free but may be needed again
@@ -55,14 +56,19 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def cpu_threads(runtime: Runtime) -> int:
-    """Return how many threads this process may use."""
-    return runtime.threads or len(os.sched_getaffinity(0))
+def cpu_threads(runtime: Runtime, processes: int = 1) -> int:
+    """Return how many threads each of so many processes side by side may use.
+
+    `runtime.threads`, or else the cores, are shared by them; what the environment says, as OMP_NUM_THREADS, is of each.
+    """
+    if runtime.threads:
+        return max(1, runtime.threads // processes)
+    return max(1, min(cores().most // processes, threads().most))
 
 
 def side_by_side(runtime: Runtime, device: torch.device) -> int:
     """Return how many runs are trained, or shards made, at once by one command: several on a CPU, one on a GPU."""
-    return runtime.workers or cpu_threads(runtime) if device.type == "cpu" else 1
+    return runtime.workers or runtime.threads or cores().most if device.type == "cpu" else 1
 
 
 @contextlib.contextmanager

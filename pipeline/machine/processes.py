@@ -89,5 +89,5 @@ def make_fabric(runtime: Runtime, precision: Literal["32-true", "bf16-mixed"]) -
     fabric.launch()
     os.environ.pop(FIRST_PROCESS, None)
     if device.type == "cpu":
-        torch.set_num_threads(max(1, cpu_threads(runtime) // devices))
+        torch.set_num_threads(cpu_threads(runtime, devices))
     return fabric

@@ -123,7 +123,7 @@ def read_checkpoint(path: Path) -> Any:
 def _listed(path: Path) -> dict[str, Any]:
     """Return what the files hold that an index lists, which lie beside it."""
     try:
-        files = sorted({str(name) for name in json.loads(path.read_text())["weight_map"].values()})
+        files = sorted({str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise WeightsError(f"{path}: no list of checkpoints (`weight_map`)") from None
     state: dict[str, Any] = {}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.core.errors import WeightsError
 from pipeline.core.extensions import is_trusted
-from pipeline.core.files import write_atomically
+from pipeline.core.files import local_path, write_atomically
 from pipeline.core.network_names import check_network
 from pipeline.core.text import first_problem, one_line
 from pipeline.machine.device import one_cpu_thread
@@ -35,7 +35,7 @@ def save_weights(model: Classifier, path: Path | str) -> None:
     """Write the network's state and the classifier's architecture to a safetensors file, atomically."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
     # One entry only: safetensors writes several in any order.
-    write_atomically(Path(path), save(state, {METADATA: json.dumps(model.architecture._asdict())}))
+    write_atomically(local_path(path), save(state, {METADATA: json.dumps(model.architecture._asdict())}))
 
 
 @one_cpu_thread()
@@ -49,7 +49,7 @@ def load_weights(path: Path | str, architecture: Architecture | None = None) -> 
     Raises:
         WeightsError: the file is missing, no safetensors file (a pickle, say), or does not fit the architecture.
     """
-    path = Path(path)
+    path = local_path(path)
     if architecture is None:
         architecture = read_architecture(path)
     if architecture is None:

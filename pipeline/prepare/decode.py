@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ from pipeline.images.prepared import (
     rows_at_a_time,
     write_prepared,
 )
+from pipeline.machine.processor import threads as default_threads
 from pipeline.prepare.datasets import Part, RawDataset
 from pipeline.prepare.splits import _check_all_classes, channel_statistics, split
 
@@ -54,13 +54,13 @@ def prepare(source: RawDataset, dataset: Dataset, directory: Path, threads: int 
         source: the dataset.
         dataset: how to split and decode it.
         directory: where to write; takes temporary files of the size of the largest split, too.
-        threads: that decode; by default one for each core.
+        threads: that decode; by default as many as this process should use.
 
     Raises:
         DataError: the dataset is unusable, or an image is damaged or of another size than the others.
     """
     parts = split(source, dataset)
-    decoder = _Decoder(dataset, threads or len(os.sched_getaffinity(0)))
+    decoder = _Decoder(dataset, threads or default_threads().most)
     counts: dict[str, int] = {}
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     total = sum(len(part.labels) for part in parts.values())

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from pipeline.core.errors import DataError
+from pipeline.core.files import as_utf8
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 LARGEST_MEMBER = 1 << 28  # bytes of a file in an archive: it is read into memory
@@ -50,7 +51,8 @@ def image_files(path: Path, scratch: Path) -> Iterator[ImageFiles]:
         DataError: the path is missing or no archive, or a member is a link or leaves the archive's folder.
     """
     if path.is_dir():
-        yield _images_among(list(_names_below(path)), lambda name: io.BytesIO((path / name).read_bytes()))
+        names = {as_utf8(name): name for name in _names_below(path)}
+        yield _images_among(list(names), lambda name: io.BytesIO((path / names[name]).read_bytes()))
         return
     if not path.is_file():
         raise DataError(f"{path}: no such folder or archive of images")
@@ -143,7 +145,7 @@ def _of_zip(path: Path, archive: zipfile.ZipFile) -> ImageFiles:
 def _of_tar(path: Path, stream: BinaryIO) -> ImageFiles:
     members, name = {}, ""
     stream.seek(0)
-    with tarfile.open(fileobj=stream, mode="r:") as archive:
+    with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8") as archive:
         for info in archive:
             name = _safe(path, info.name, info.issym() or info.islnk(), info.size)
             if info.isreg():

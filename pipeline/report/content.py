@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markupsafe import Markup
 
 from pipeline.core.errors import DataError
 from pipeline.core.parameters import Params
@@ -67,7 +68,7 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
         DataError: it is not there, or not what training writes.
     """
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             return [
                 {"seed": int(row["seed"]), "epoch": int(row["epoch"])}
                 | {"validation_accuracy": float(row["validation_accuracy"])}
@@ -170,10 +171,10 @@ def _accuracy(inputs: ReportInputs) -> Charts:
 
 def _views(inputs: ReportInputs) -> Charts:
     if inputs.views is None:
-        note = (
-            "Not measured for these parameters: `make experiment-views` trains with 1 to 16 views, and `python -m "
-            "stages.report` then shows it here. Precomputing lives on views: one alone is harmful, from four on "
-            "nothing measurable was lost on digits (docs/RESULTS.md)."
+        note = Markup(
+            "Not measured for these parameters: <code>make experiment-views</code> trains with 1 to 16 views, and "
+            "<code>python -m stages.report</code> then shows it here. Precomputing lives on views: one alone is "
+            "harmful, from four on nothing measurable was lost on digits (docs/RESULTS.md)."
         )
         return Charts(charts=[], note=note)
     results, source = inputs.views

@@ -63,7 +63,7 @@ def read_result(path: Path, kind: type[Result]) -> Result:
         DataError: it is not there or not what the evaluation writes.
     """
     try:
-        return kind.model_validate_json(path.read_text())
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
         reason = one_line(error)
         raise DataError(f"{path}: cannot be read ({reason}); make it with: python -m stages.evaluate") from None

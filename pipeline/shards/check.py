@@ -192,3 +192,22 @@ def is_shard(path: Path, fingerprint: str, view: int, block: int) -> bool:
             return True
     except ShardError:
         return False
+
+
+def check_same_data(directory: Path, manifest: Manifest, train: str, prepared: Path) -> None:
+    """Refuse shards of other training images than the prepared ones: one table would have two datasets.
+
+    Args:
+        directory: of the shards.
+        manifest: theirs.
+        train: digest of the prepared training split.
+        prepared: directory of the prepared splits.
+
+    Raises:
+        ShardError: the digests differ.
+    """
+    if manifest.digests.train != train:
+        raise ShardError(
+            f"{directory}: was made from other training images than those in {prepared}: make it anew with "
+            "python -m stages.attack, or prepare the images it is of; --other-data compares them all the same"
+        )

@@ -174,10 +174,6 @@ class ShardFile(contextlib.AbstractContextManager["ShardFile"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.close()
-
 
 def open_shard(
     folder: Folder,

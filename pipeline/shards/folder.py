@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import stat
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import h5py
 
 from pipeline.core.errors import ShardError
+from pipeline.core.files import local_path
 
 DIGEST_BLOCK = 1 << 20  # bytes in memory while a file is digested
 METADATA_BLOCK = 1 << 16  # bytes that HDF5 reads of a remote file at a time
@@ -35,11 +37,13 @@ class ByteSource(Protocol):
 
 
 class LocalBytes:
-    """A file of this machine's file systems."""
+    """A file of this machine's file systems; it is closed when nobody holds it any more."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would be waited for
+        self._closing = weakref.finalize(self, os.close, self._handle)
+        self._closing.atexit = False  # a process that ends closes its files, whatever Python has taken down by then
         found = os.fstat(self._handle)
         self.size = found.st_size
         if not stat.S_ISREG(found.st_mode):
@@ -58,9 +62,8 @@ class LocalBytes:
             yield file
 
     def close(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        self._handle = -1  # the number may soon be another file's
+        self._closing()
 
 
 class RemoteBytes:
@@ -150,12 +153,14 @@ Folder = LocalFolder | RemoteFolder
 
 
 def folder_at(place: Path | str) -> Folder:
-    """Return a folder by its path, or by a URL as s3://bucket/folder or https://host/folder.
+    """Return a folder by its path (also file://...), or by a URL as s3://bucket/folder or https://host/folder.
 
     Raises:
         ShardError: fsspec, or its part for that kind of URL, is not installed.
     """
-    return RemoteFolder(place) if isinstance(place, str) and "://" in place else LocalFolder(Path(place))
+    if isinstance(place, str) and "://" in place and not place.startswith("file://"):
+        return RemoteFolder(place)
+    return LocalFolder(local_path(place))
 
 
 def as_folder(place: Path | Folder) -> Folder:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.core.errors import DataError, ShardError
+from pipeline.core.errors import DataError
 from pipeline.images.prepared import Prepared, read_prepared, read_validation
+from pipeline.shards.check import check_same_data
 from pipeline.shards.reader import BoundaryShards
 
 
@@ -56,18 +57,5 @@ class InputPaths(NamedTuple):
             teacher=self.teacher,
         )
         if inputs.train is not None and inputs.shards is not None and not self.other_data:
-            check_same_data(inputs.shards, inputs.train, self.prepared)
+            check_same_data(self.shards, inputs.shards.manifest, inputs.train.digest, self.prepared)
         return inputs
-
-
-def check_same_data(shards: BoundaryShards, train: Prepared, prepared: Path) -> None:
-    """Refuse shards of other training images than the prepared ones: one table would have two datasets.
-
-    Raises:
-        ShardError: the digests differ.
-    """
-    if shards.manifest.digests.train != train.digest:
-        raise ShardError(
-            f"{shards.directory}: was made from other training images than those in {prepared}: make it anew with "
-            "python -m stages.attack, or prepare the images it is of; --other-data compares them all the same"
-        )

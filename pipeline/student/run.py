@@ -350,4 +350,4 @@ def threads_each(runtime: Runtime, device: torch.device) -> int:
     It does not depend on how many seeds there are, what is finished already or where a run is trained: it may change a
     result by rounding.
     """
-    return max(1, cpu_threads(runtime) // side_by_side(runtime, device))
+    return cpu_threads(runtime, side_by_side(runtime, device))

@@ -126,7 +126,7 @@ def processes_of(processes: Processes) -> list[int]:
 def find_fit(store: Store, key: str) -> Fit | None:
     """Return the finished run of a fingerprint, if there is one."""
     weights, curve = store.find(f"{key}/{WEIGHTS}"), store.find(f"{key}/{CURVE}")
-    return Fit(weights, json.loads(curve.read_text()), reused=True) if weights and curve else None
+    return Fit(weights, json.loads(curve.read_text(encoding="utf-8")), reused=True) if weights and curve else None
 
 
 class TrainingRun:

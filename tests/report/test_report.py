@@ -71,6 +71,7 @@ METHODS = {
     "hinton_online": Method(source="online", hinton=HINTON),
     "bss_online": Method(source="online", hinton=HINTON, bss=BSS),
 }
+MARKDOWN = re.compile(r"`|\*\*|\]\(|^#+ ", re.MULTILINE)
 HOSTILE = "</script><script>alert(1)</script>\"'{{ 7 * 7 }}{% raw %}<!--&"
 
 
@@ -887,6 +888,14 @@ def test_the_table_of_the_page_is_that_of_the_file_and_the_sentence_stands_in_bo
     assert all(sentence in page.text for sentence in sentences)
 
 
+def test_no_markdown_stands_on_a_page(page, project):
+    assert not MARKDOWN.findall(page.text)
+    assert not MARKDOWN.findall(Parsed((project / "reports/plots.html").read_text()).text)
+    charts = [script for script in page.scripts if script.startswith("{")]
+    assert charts
+    assert not any(MARKDOWN.search(chart) for chart in charts)
+
+
 def test_the_records_of_seeds_and_histograms_add_up(project):
     manifest = json.loads((project / "data/bss/manifest.json").read_text())
     rows = list(csv.DictReader((project / "reports/seeds.csv").open(newline="")))
@@ -940,7 +949,9 @@ def test_sections_without_content_say_so(project):
     assert tuple(each["id"] for tag, each in page.tags if each.get("id") in SECTIONS) == SECTIONS
     assert "None: there is no validation split." in page.text
     assert "Over the 0 pairs that all students have in common: too few to say anything." in page.text
-    assert "Not measured for these parameters" in page.text
+    assert "Not measured for these parameters: make experiment-views trains" in page.text
+    assert ("code", {}) in page.tags
+    assert not MARKDOWN.findall(page.text)
     assert sum(script.startswith("{") for script in page.scripts) == 2 + 2
     assert (project / "empty/curves.csv").read_text().splitlines() == ["student,method,seed,epoch,validation_accuracy"]
     assert "no pairs" in (project / "empty/table.md").read_text()

@@ -1,15 +1,20 @@
 """Reading columns of a shard, beside h5py's own reading of the same file."""
 
+import gc
 import os
+import subprocess
+import sys
 
 import h5py
 import numpy as np
 import pytest
 
 from pipeline.core.errors import ShardError
+from pipeline.core.provenance import ROOT
 from pipeline.shards.file import open_shard, read_columns
 from pipeline.shards.folder import LocalFolder
 
+GOLDEN = ROOT / "tests/golden/version-1"
 ROWS = 37
 COMPRESSED = {"shuffle": True, "compression": "gzip"}
 LAYOUTS = {
@@ -118,3 +123,52 @@ def test_a_closed_file_holds_no_handle(tmp_path, layout):
     file.close()
     file.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def open_here(folder):
+    """How many files of a folder this process has open."""
+    return sum(os.path.realpath(f"/proc/self/fd/{n}").startswith(f"{folder}") for n in os.listdir("/proc/self/fd"))
+
+
+def test_a_file_that_nobody_holds_is_closed(tmp_path):
+    write(tmp_path / "a.h5", {})
+    file = opened(tmp_path / "a.h5")
+    assert open_here(tmp_path) == 1
+    del file
+    gc.collect()
+    assert open_here(tmp_path) == 0
+
+
+ENDS = {
+    "of itself": "",
+    "by an error": "raise SystemExit(0)",
+    "while a thread reads": "threading.Thread(target=lambda: [shards[0], time.sleep(60)], daemon=True).start()",
+    "while what lives longest holds them": "builtins.kept = [bd, shards]",
+    "in a circle": "shards.itself = shards",
+    "with a loader's workers": "rows = iter(DataLoader(shards, batch_size=8, num_workers=2)); next(rows)",
+    "with fresh workers": (
+        "rows = iter(DataLoader(shards, batch_size=8, num_workers=1, multiprocessing_context='spawn')); next(rows)"
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_process_that_ends_with_open_shards_says_nothing(tmp_path, end):
+    script = f"""
+import builtins, threading, time
+import pipeline as bd
+from torch.utils.data import DataLoader
+if __name__ == "__main__":
+    shards = bd.BoundaryShards({str(GOLDEN / "plain")!r})
+    assert shards._files
+    {ENDS[end]}
+"""
+    (tmp_path / "mine.py").write_text(script)
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "mine.py"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")

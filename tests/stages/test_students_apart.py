@@ -43,7 +43,7 @@ def test_with_all_the_other_students_are_trained_and_the_exit_code_tells(project
     result = run_stage("student", "--all")
     assert result.exit_code == 1
     first, last = result.stderr.strip().splitlines()[0], result.stderr.strip().splitlines()[-1]
-    assert first == (
+    assert first.replace("seed 1", "seed 0") == (  # side by side, either may be the first
         "error: resnet8w2-hinton seed 0: ValueError: Expected more than 1 value per channel when training, got input "
         "size [1, 8, 1, 1] (--debug shows where); the other students go on"
     )
