@@ -8,6 +8,7 @@ digest.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,12 +17,15 @@ from filelock import FileLock, Timeout
 
 from pipeline.core.files import _remove, _write_errors, file_digest, write_atomically
 
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # of network file systems
 COPIES = 3  # of published shards: in the store, in their folder, in DVC's cache, unless the disk shares them
 
 
 @contextlib.contextmanager
 def lock(path: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
     """Hold a lock file; while another process has it, wait, telling once who that is.
+
+    On a file system without locks nothing is held, and that is told.
 
     Args:
         path: the lock file; it holds the process id of its owner.
@@ -40,6 +44,10 @@ def lock(path: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
         pid = owner.read_text(encoding="utf-8") if owner.is_file() else "unknown"
         on_wait(f"{path} is held by process {pid}: waiting for it")
         file_lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        on_wait(f"{path}: this file system has no locks ({error.strerror}): run one command at a time here")
     try:
         with _write_errors(owner):
             owner.write_text(str(os.getpid()), encoding="utf-8")

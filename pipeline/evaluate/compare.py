@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.core.hdf5 import written_hdf5
+from pipeline.core.hdf5 import read_hdf5, written_hdf5
 from pipeline.core.status import Status
 from pipeline.evaluate.planes import classes_on_planes
 from pipeline.evaluate.similarity import agreement, angle_similarity, magnitude_similarity, teacher_divergence
@@ -203,6 +202,6 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 
 def read_comparison(path: Path) -> Comparison:
     """Read what `write_comparison` wrote."""
-    with h5py.File(path, "r") as file:
+    with read_hdf5(path) as file:
         values: dict[str, Any] = {name: file[name][()] for name in Comparison._fields}
     return Comparison(**{name: value if value.ndim else value.item() for name, value in values.items()})

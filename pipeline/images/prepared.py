@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import DataError
 from pipeline.core.files import atomic_path, reserve
+from pipeline.core.hdf5 import read_hdf5
 from pipeline.core.provenance import fingerprint
 
 SPLITS = ("train", "validation", "test")
@@ -97,7 +98,7 @@ def write_prepared(path: Path, split: Prepared, blocks: Iterable[Images] | None 
     with atomic_path(path) as temporary:
         size = split.images.nbytes
         reserve(temporary, size + split.labels.nbytes + HEADER_BYTES)
-        with h5py.File(temporary, "w", libver=("v108", "v108")) as file:
+        with h5py.File(temporary, "w", libver=("v108", "v108"), locking=False) as file:
             layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
             layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
             layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -124,7 +125,7 @@ def read_prepared(path: Path) -> Prepared:
     if not path.is_file():
         raise DataError(f"{path}: no such prepared file; make it with: python -m stages.prepare")
     try:
-        with h5py.File(path, "r") as file:
+        with read_hdf5(path) as file:
             facts = {name: json.loads(file.attrs[name]) for name in ATTRIBUTES}
             facts_digest = json.loads(file.attrs["facts_digest"])
             images, labels = _mapped(path, file["image"]), file["label"][:]

@@ -19,6 +19,7 @@ from pipeline.search.boundary import (
 from pipeline.search.newton import NewtonSearch
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def find_boundary(
     model: nn.Module | LogitsFunction,
@@ -48,7 +49,8 @@ def find_boundary(
         quantise: round perturbations to 8 bits, as shards store them.
 
     Raises:
-        ValueError: the arguments do not fit each other, or images are outside [0, 1].
+        ValueError: the arguments do not fit each other, images are outside [0, 1], or the model gives no logits or no
+            gradients.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
@@ -59,10 +61,14 @@ def find_boundary(
         (tensor([0], dtype=torch.uint8), tensor([-0.4000,  0.0000]))
     """
     check_images(images)
+    images = images.clone() if images.is_inference() else images  # gradients go through no tensor of that mode
     for name, classes in (("base", base), ("target", target)):
         if classes is not None and classes.shape != (len(images),):
             raise ValueError(f"expected {name} ({len(images)},), got {tuple(classes.shape)}")
+    base, target = (each if each is None else each.clone() for each in (base, target))
     with _evaluated(model):
+        if len(images):
+            _check_model(model, images[:1])
         logits = logits_in_batches(model, images, batch_size)
         base = logits.argmax(1) if base is None else base
         target = logits.scatter(1, base[:, None], -torch.inf).argmax(1) if target is None else target
@@ -78,6 +84,20 @@ def find_boundary(
                 batch_size=batch_size,
             )
         )
+
+
+def _check_model(model: LogitsFunction, image: Tensor) -> None:
+    """Refuse a model that gives no logits (1, classes) of an image (1, C, H, W), or none that gradients go through."""
+    with torch.enable_grad():
+        logits = model(image.detach().clone().requires_grad_())
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the model gives {type(logits).__name__}, expected logits: wrap it, as lambda x: model(x).logits"
+        )
+    if logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 2:
+        raise ValueError(f"the model gives {tuple(logits.shape)} for one image, expected logits (1, classes)")
+    if not logits.requires_grad:
+        raise ValueError("no gradients go through the model: leave out torch.no_grad, detach and the like in it")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import h5py
 
 from pipeline.core.errors import ShardError
 from pipeline.core.files import local_path
+from pipeline.core.hdf5 import read_hdf5
 
 DIGEST_BLOCK = 1 << 20  # bytes in memory while a file is digested
 METADATA_BLOCK = 1 << 16  # bytes that HDF5 reads of a remote file at a time
@@ -58,7 +59,7 @@ class LocalBytes:
 
     @contextlib.contextmanager
     def hdf5(self) -> Iterator[h5py.File]:
-        with h5py.File(f"/proc/self/fd/{self._handle}", "r") as file:  # this file, whatever its path leads to now
+        with read_hdf5(f"/proc/self/fd/{self._handle}") as file:  # this file, whatever its path leads to now
             yield file
 
     def close(self) -> None:
