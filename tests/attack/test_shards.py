@@ -1,8 +1,11 @@
 """Shards: writing, reading, making, publishing, checking and adopting them."""
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,7 +33,9 @@ from pipeline.shards.format import columns_of, shard_name
 from pipeline.shards.manifest import read_manifest
 from pipeline.shards.order import shards_by_view
 from pipeline.shards.reader import BoundaryShards
+from pipeline.shards.stream import StreamedShards
 from tests.support.files import (
+    ROOT,
     change_manifest,
     contents,
     flip_bit,
@@ -815,3 +820,37 @@ def test_a_shard_is_opened_through_hdf5_once(made, monkeypatch):
     for shard, expected in zip(shards.manifest.shards, first, strict=True):
         for name, values in shards.read(shard, columns).items():
             np.testing.assert_array_equal(values, expected[name])
+
+
+def test_more_shards_than_files_may_be_open_are_read(tmp_path, train):
+    dataset = sample_dataset(tmp_path, train, {"attack.rows_per_shard": 2, "attack.views": 2})
+    make_missing(dataset, tmp_path)
+    dataset.publish(tmp_path / "bss")
+    shards = BoundaryShards(tmp_path / "bss")
+    assert len(shards.manifest.shards) == 64
+    expected = [shards[row]["label"].item() for row in range(len(shards))]
+    script = f"""
+import resource
+import pipeline
+from torch.utils.data import DataLoader
+resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+shards = pipeline.BoundaryShards({str(tmp_path / "bss")!r})
+print([shards[row]["label"].item() for row in range(len(shards))])
+rows = list(DataLoader(pipeline.StreamedShards({str(tmp_path / "bss")!r}, all_views=True), batch_size=None))
+print(len(rows))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == [str(expected), "128"]
+
+
+def test_more_workers_than_shards_give_every_row_once(tmp_path, train):
+    dataset = sample_dataset(tmp_path, train, {"attack.rows_per_shard": 40, "attack.views": 1})
+    make_missing(dataset, tmp_path)
+    dataset.publish(tmp_path / "bss")
+    stream = StreamedShards(tmp_path / "bss")
+    assert len(stream.shards.manifest.shards) == 2
+    rows = [row["index"].item() for row in DataLoader(stream, batch_size=None, num_workers=5)]
+    assert sorted(rows) == list(range(64))

@@ -324,6 +324,27 @@ def test_numbers_are_read_as_in_yaml_1_2(tmp_path):
     assert load_params(path).training.weight_decay == 0.0001
 
 
+@pytest.mark.parametrize(
+    "rewritten",
+    [lambda text: b"\xef\xbb\xbf" + text.encode(), lambda text: text.replace("\n", "\r\n").encode()],
+    ids=["a byte order mark", "line ends of Windows"],
+)
+def test_files_are_read_as_any_editor_leaves_them(tmp_path, rewritten):
+    path = tmp_path / "params.yaml"
+    write_params(path)
+    expected = load_params(path)
+    path.write_bytes(rewritten(path.read_text()))
+    assert load_params(path) == expected
+
+
+def test_a_parameter_that_stands_twice_is_refused_by_name(tmp_path):
+    path = tmp_path / "params.yaml"
+    write_params(path)
+    path.write_text(path.read_text() + "seeds: 3\n")
+    with pytest.raises(ParameterError, match='found duplicate key "seeds"'):
+        load_params(path)
+
+
 def test_whole_numbers_are_taken_where_a_fraction_may_stand():
     params = check_params(tiny_values({"method.hinton.hinton.temperature": 2}), "tiny")
     assert params.method["hinton"].losses["hinton"].temperature == 2.0
