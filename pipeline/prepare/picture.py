@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +27,10 @@ UPRIGHT = {
 }
 
 STILL = ("MPO", "PSD")  # formats whose further frames are previews, other views or layers, and no animation
+PNG_RGB_16, PNG_GRAY_ALPHA_16 = "RGB;16B", "LA;16B"  # the latter is in mode RGBA
 PNG_LEVELS = {"L;2": 85, "L;4": 17}  # PIL scales the pixels of such PNG files by so much, but not the transparent one
-TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
+WHITE_IS_ZERO, SIGNED = 0, (2,)
 
 TRANSPARENT, FRAMES, TURNED, DOUBTFUL = "transparent", "frames", "turned", "doubtful"
 
@@ -60,10 +63,13 @@ def picture_of(image: Image.Image, size: tuple[int, int] | None, channels: int |
     remarks = {}
     if image.format not in STILL and getattr(image, "is_animated", False):
         remarks[FRAMES] = ""
-    _check_mode(image)
+    coding = _coding(image)
+    _check(image, coding)
+    if coding in PNG_LEVELS and "transparency" in image.info:
+        image.info["transparency"] *= PNG_LEVELS[coding]
     image.load()
-    gray = image.mode in GRAY_MODES
-    plain = _in_8_bits(image)
+    gray = image.mode in GRAY_MODES or coding == PNG_GRAY_ALPHA_16
+    plain = _in_8_bits(image, gray)
     if plain.mode in ("LA", "RGBA"):
         plain, transparent = _laid_over(plain, background)
         if transparent:
@@ -84,31 +90,35 @@ def picture_of(image: Image.Image, size: tuple[int, int] | None, channels: int |
     return Picture(np.ascontiguousarray(array[None] if gray else array.transpose(2, 0, 1)), remarks)
 
 
-def _check_mode(image: Image.Image) -> None:
+def _check(image: Image.Image, coding: str) -> None:
     """Refuse what cannot be brought to 8 bits without a guess, before its pixels are decoded."""
-    if image.mode not in GRAY_MODES + COLOUR_MODES or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise ValueError(
-            f"its values (PIL's mode {image.mode}) have no white that is known: convert it to 8 or 16 bits"
-        )
-    key, coding = image.info.get("transparency"), _coding(image)
-    if key is not None and coding == "RGB;16B":
+    is_known = image.mode in GRAY_MODES + COLOUR_MODES and (image.mode != "I" or image.format in ("PNG", "PPM"))
+    if not is_known or _tags(image).get(TIFF_SAMPLE_FORMAT) == SIGNED:
+        raise ValueError(f"which of its values (PIL's mode {image.mode}) is white is not known: convert it to 8 bits")
+    if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+        raise ValueError("CMYK without Adobe's marker, which says whether 0 or 255 is no ink: convert it to RGB")
+    if coding == PNG_RGB_16 and "transparency" in image.info:
         raise ValueError("a transparent colour of 16 bits a channel: convert it to 8 bits, or to an alpha channel")
-    if isinstance(key, int) and coding in PNG_LEVELS:
-        image.info["transparency"] = key * PNG_LEVELS[coding]
 
 
 def _coding(image: Image.Image) -> str:
-    """Return how the pixels of a PNG file are stored, in PIL's words."""
+    """Return how the pixels of a PNG file that is not yet loaded are stored, in PIL's words; of others nothing."""
     tile: Any = getattr(image, "tile", None)
     return str(tile[0][3]) if tile and image.format == "PNG" else ""
 
 
-def _in_8_bits(image: Image.Image) -> Image.Image:
+def _tags(image: Image.Image) -> Mapping[int, Any]:
+    """Return the tags of a TIFF file, none of others."""
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
+    return tags
+
+
+def _in_8_bits(image: Image.Image, gray: bool) -> Image.Image:
     """Return an image in mode L or RGB, or LA or RGBA if it may be transparent."""
     if image.mode.startswith("I"):
         return _scaled(image)
     transparent = image.has_transparency_data
-    if image.mode in GRAY_MODES:
+    if gray:
         return image.convert("LA" if transparent else "L")
     return image.convert("RGBA" if transparent else "RGB")
 
@@ -116,11 +126,10 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
 def _scaled(image: Image.Image) -> Image.Image:
     """Return a gray image of up to 16 bits in mode L or LA: its white becomes 255, values are rounded."""
     values = np.asarray(image).astype(np.int64)
-    tags = getattr(image, "tag_v2", {})  # of a TIFF file
-    white = 2 ** tags.get(TIFF_BITS, (16,))[0] - 1
+    white = 2 ** _tags(image).get(TIFF_BITS, (16,))[0] - 1
     if values.min() < 0 or values.max() > white:
         raise ValueError(f"values from {values.min()} to {values.max()}, expected 0 to {white}: convert it to 8 bits")
-    levels = (white - values) if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO else values
+    levels = (white - values) if _tags(image).get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO else values
     gray = Image.fromarray(((levels * 255 + white // 2) // white).astype(np.uint8))
     key = image.info.get("transparency")
     if key is None:
