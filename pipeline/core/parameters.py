@@ -80,6 +80,7 @@ class Dataset(Section):
     path: PathText = Field(description="of an imagefolder; where others are downloaded to")
     image_size: tuple[Count, Count] | None = Field(strict=False, description="height and width to resize to")
     channels: Literal[1, 3] | None = Field(description="gray or RGB; by default, as the first image")
+    background: Annotated[int, Field(ge=0, le=255)] = Field(description="gray level behind transparent pixels")
     train_images: Count | None = Field(description="of the training part, at most, evenly by class")
     skip_bad: bool = Field(description="leave out images that cannot be read, instead of an error")
     seed: Seed = Field(description="of the splits")

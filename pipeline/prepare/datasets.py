@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, shown
 from pipeline.core.parameters import Dataset
 from pipeline.core.text import one_line
-from pipeline.prepare.image_files import image_files
+from pipeline.prepare.image_files import ImageFiles, image_files, listed, open_image
 
 SPLIT_FOLDERS = {
     "train": "train",
@@ -26,6 +28,7 @@ SPLIT_FOLDERS = {
     "valid": "validation",
     "val": "validation",
 }
+LAYOUT = "expected class folders of images, CLASS/IMAGE, or train/CLASS/IMAGE and test/CLASS/IMAGE"
 
 SPIRALS_NOISE = 0.06  # standard deviation of each coordinate, for a radius of 1
 
@@ -68,8 +71,7 @@ def open_dataset(dataset: Dataset, scratch: Path) -> Iterator[RawDataset]:
     path = Path(dataset.path)
     if dataset.name == "imagefolder":
         with image_files(path, scratch) as files:
-            source = _image_folder(path, files.names, lambda name: Image.open(files.open(name)))
-            yield source._replace(notes=[*source.notes, *files.notes])
+            yield _image_folder(path, files)
     elif dataset.name == "digits":
         yield _digits()
     elif dataset.name == "spirals":
@@ -101,44 +103,144 @@ def _spirals(seed: int) -> RawDataset:
     return RawDataset(("0", "1", "2"), {"train": part})
 
 
-def _image_folder(path: Path, names: list[str], image: Callable[[str], Image.Image]) -> RawDataset:
+def _image_folder(path: Path, files: ImageFiles) -> RawDataset:
     """Return images in class folders, below `train`, `test` and `validation` (or `val`) where there are such."""
-    split_names = [tuple(name.split("/")) for name in names]
-    while split_names and len({parts[0] for parts in split_names}) == 1 and _is_wrapper(split_names):
-        split_names = [parts[1:] for parts in split_names]
+    place = _place_of_classes(files.names)
+    inside = {name: tuple(name[len(place) :].split("/")) for name in files.names if name.startswith(place)}
+    has_parts = any(_split_of(parts[0]) and len(parts) > 2 for parts in inside.values())
     by_part: dict[str, list[tuple[str, str]]] = {}
-    has_parts = any(parts[0].lower() in SPLIT_FOLDERS and len(parts) > 2 for parts in split_names)
-    left_out: dict[str, int] = {}
-    for name, parts in zip(names, split_names, strict=True):
-        part, rest = (SPLIT_FOLDERS.get(parts[0].lower()), parts[1:]) if has_parts else ("train", parts)
+    left_out: Counter[str] = Counter()
+    deep: set[str] = set()
+    for name in files.names:
+        parts = inside.get(name, ())
+        part, rest = (_split_of(parts[0]), parts[1:]) if has_parts and parts else ("train", parts)
         if part and len(rest) > 1:
             by_part.setdefault(part, []).append((rest[0], name))
+            if len(rest) > 2:
+                deep.add(rest[0])
         else:
-            folder = name.rpartition("/")[0] or "the top folder"
-            left_out[folder] = left_out.get(folder, 0) + 1
+            left_out[name.rpartition("/")[0] or "the top folder"] += 1
     if "train" not in by_part:
-        raise DataError(
-            f"{path}: no images found; expected class folders of images, CLASS/IMAGE, or train/CLASS/IMAGE and "
-            "test/CLASS/IMAGE"
-        )
+        raise DataError(f"{path}: no images found in class folders of a training part; {LAYOUT}")
+    if has_parts:
+        _check_parts(path, inside.values(), by_part)
+    else:
+        _check_class_folders(path, inside.values())
     class_names = tuple(sorted({label for label, _ in by_part["train"]}))
+    _check_class_names(path, class_names, by_part)
     number = {label: position for position, label in enumerate(class_names)}
-    for part, entries in by_part.items():
-        unknown = sorted({label for label, _ in entries} - number.keys())
-        if unknown:
-            raise DataError(f"{path}: {part} has class '{unknown[0]}', which train does not have")
 
     def part_of(entries: list[tuple[str, str]]) -> Part:
         labels = np.array([number[label] for label, _ in entries], np.int64)
-        return Part(labels, lambda row: image(entries[row][1]), lambda row: f"{path}: {entries[row][1]}")
+        return Part(
+            labels,
+            lambda row: open_image(files.open(entries[row][1])),
+            lambda row: f"{path}: {shown(entries[row][1], longest=1000)}",
+        )
 
-    notes = [f"left out: {count} images in {folder}, which is no class folder" for folder, count in left_out.items()]
+    notes = [*_left_out(left_out), *_without_images(files, place, has_parts), *_doubtful_classes(class_names, deep)]
+    notes += files.notes
     return RawDataset(class_names, {part: part_of(entries) for part, entries in by_part.items()}, notes)
 
 
-def _is_wrapper(split_names: Sequence[tuple[str, ...]]) -> bool:
-    """Return whether the one top folder holds folders of folders, or folders of images, rather than images."""
-    return split_names[0][0].lower() not in SPLIT_FOLDERS and all(len(parts) > 2 for parts in split_names)
+def _split_of(folder: str) -> str | None:
+    """Return the split that a folder is taken for by its name."""
+    return SPLIT_FOLDERS.get(folder.lower())
+
+
+def _place_of_classes(names: Sequence[str]) -> str:
+    """Return what the names of all images begin with before their classes or parts, the last slash included.
+
+    It is the way through folders that hold the one folder in which there are images; images beside it do not count.
+    """
+    place = ""
+    while True:
+        below = [name[len(place) :].split("/") for name in names if name.startswith(place)]
+        tops = {parts[0] for parts in below if len(parts) > 1}
+        if len(tops) != 1 or _split_of(*tops) or all(len(parts) <= 2 for parts in below):
+            return place
+        place += f"{tops.pop()}/"
+
+
+def _check_parts(path: Path, inside: Iterable[tuple[str, ...]], by_part: dict[str, Any]) -> None:
+    """Refuse a part whose images lie in no class folders."""
+    for parts in inside:
+        part = _split_of(parts[0])
+        if part and len(parts) == 2 and part not in by_part:
+            raise DataError(f"{path}: the images of '{shown(parts[0])}' are in no class folders; {LAYOUT}")
+
+
+def _check_class_folders(path: Path, inside: Iterable[tuple[str, ...]]) -> None:
+    """Refuse folders side by side of which some hold images, others folders of images: which ones are the classes?"""
+    flat, deep = set(), set()
+    for parts in inside:
+        if len(parts) == 2:
+            flat.add(parts[0])
+        elif len(parts) > 2:
+            deep.add(parts[0])
+            if len(parts) > 3 and _split_of(parts[1]):
+                raise DataError(
+                    f"{path}: '{shown(parts[1])}' is in '{shown(parts[0])}', beside which there are other folders of "
+                    f"images: take them away; {LAYOUT}"
+                )
+    if flat and deep - flat:
+        raise DataError(
+            f"{path}: there are images in {listed(sorted(flat))}, but folders of images in "
+            f"{listed(sorted(deep - flat))}: take away what is no class, or put its images right into it; {LAYOUT}"
+        )
+
+
+def _check_class_names(path: Path, class_names: tuple[str, ...], by_part: dict[str, list[tuple[str, str]]]) -> None:
+    """Refuse classes that are none, and names that are not the same in all parts."""
+    splits = [_split_of(name) for name in class_names]
+    if all(splits) or len({*splits} - {None}) > 1:
+        taken = listed([name for name, split in zip(class_names, splits, strict=True) if split])
+        raise DataError(f"{path}: {taken} would be classes by where they are, but are names of parts; {LAYOUT}")
+    if len(class_names) == 1:
+        raise DataError(f"{path}: all images are of one class, '{shown(class_names[0])}'; {LAYOUT}")
+    forms: dict[str, str] = {}
+    for part, entries in by_part.items():
+        for name in sorted({label for label, _ in entries}):
+            other = forms.setdefault(unicodedata.normalize("NFC", name), name)
+            if other != name:
+                raise DataError(
+                    f"{path}: the classes {other!a} and {name!a} are one text in two Unicode forms: rename one of them"
+                )
+            if name not in class_names:
+                raise DataError(f"{path}: {part} has class '{shown(name)}', which train does not have")
+
+
+def _left_out(count_in: Counter[str]) -> Iterator[str]:
+    """Say which images are in no class folder."""
+    if count_in:
+        folders = [f"{shown(folder)} ({count:,})" for folder, count in sorted(count_in.items())]
+        yield f"left out: images in no class folder: {listed(folders)}"
+
+
+def _without_images(files: ImageFiles, place: str, has_parts: bool) -> Iterator[str]:
+    """Say which folders have no images, where classes or parts are expected and beside them."""
+    holding = {name[:at] for name in files.names for at, letter in enumerate(name) if letter == "/"}
+    empty = []
+    for folder in files.folders:
+        above, _, _ = folder.rpartition("/")
+        part = above[len(place) :] if above.startswith(place) else ""
+        is_expected = place.startswith(f"{above}/" if above else "") or (has_parts and _split_of(part))
+        if is_expected and folder not in holding:
+            empty.append(folder)
+    if empty:
+        yield f"left out: folders without images: {listed(empty)}"
+
+
+def _doubtful_classes(class_names: tuple[str, ...], deep: set[str]) -> Iterator[str]:
+    """Say which classes there are that a user may not have meant."""
+    if deep:
+        yield f"classes that take the images of all folders below theirs: {listed(sorted(deep))}"
+    alike: dict[str, list[str]] = {}
+    for label in class_names:
+        alike.setdefault(unicodedata.normalize("NFKC", label).casefold().strip(), []).append(label)
+    twins = [" and ".join(map(ascii, names)) for names in alike.values() if len(names) > 1]
+    if twins:
+        yield f"classes of their own, though their names are alike: {listed(twins)}"
 
 
 TORCHVISION = {

@@ -107,6 +107,8 @@ def test_files_that_are_no_images_are_passed_over(tmp_path, packer):
     extra = {
         "README.md": b"x",
         "train/bird/._0.png": b"x",
+        "train/bird/Thumbs.db": b"x",
+        "train/bird/@eaDir/0.png": b"x",
         "__MACOSX/train/bird/0.png": b"x",
         "train/.cache/0.png": b"x",
     }
@@ -117,12 +119,12 @@ def test_files_that_are_no_images_are_passed_over(tmp_path, packer):
 
 @pytest.mark.parametrize("packer", PACKERS)
 def test_what_is_passed_over_is_told(tmp_path, packer):
-    tree = image_tree() | {"README.md": b"x", "train/bird/a.avif": b"x", "test/0.png": b"x", "train/.hidden.txt": b"x"}
+    tree = image_tree() | {"README.md": b"x", "train/bird/a.heic": b"x", "test/0.png": b"x", "train/.hidden.txt": b"x"}
     path = PACKERS[packer](tmp_path / packer, tree)
     with open_dataset(dataset_parameters(name="imagefolder", path=str(path)), tmp_path) as source:
         assert list(source.notes) == [
-            "left out: 1 images in test, which is no class folder",
-            "passed over: files that are no images (1 of .avif, 1 of .md)",
+            "left out: images in no class folder: test (1)",
+            "passed over: files that are no images by their names (1 of .heic, 1 of .md)",
         ]
 
 

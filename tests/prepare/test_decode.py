@@ -13,7 +13,8 @@ from PIL import Image
 from pipeline.core.errors import DataError
 from pipeline.images.prepared import read_prepared
 from pipeline.prepare.datasets import Part, RawDataset, open_dataset
-from pipeline.prepare.decode import prepare, to_array
+from pipeline.prepare.decode import prepare
+from pipeline.prepare.picture import picture_of
 from pipeline.prepare.splits import channel_statistics, split, split_by_class
 from tests.support.files import CLASS_NAMES, finish, start_stage, tiny_images, write_params
 from tests.support.helpers import dataset_parameters, real_data
@@ -223,7 +224,11 @@ def test_damaged_images_are_skipped_and_counted_when_asked(tmp_path):
     assert sum(len(split_.labels) for split_ in splits.values()) == 16
     for split_ in splits.values():
         for image, label in zip(split_.images, split_.labels, strict=True):
-            matches = [row for row in range(8) if np.array_equal(image, to_array(random_image(seed=row), None, None))]
+            matches = [
+                row
+                for row in range(8)
+                if np.array_equal(image, picture_of(random_image(seed=row), None, None, 255).pixels)
+            ]
             assert len(matches) == 1, label
 
 
@@ -262,14 +267,8 @@ def test_images_of_all_kinds_are_resized_and_converted(tmp_path, channels, size)
 def test_resizing_keeps_the_aspect_ratio_and_the_middle():
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[:, 20:60] = 255  # the middle square
-    assert to_array(Image.fromarray(pixels), (16, 16), None)[..., 1:-1].min() == 255
-    assert to_array(Image.fromarray(pixels), (40, 80), None).mean() == pixels.mean()
-
-
-def test_images_of_16_bits_are_refused(tmp_path):
-    deep = Image.fromarray(np.full((6, 8), 1000, np.uint16))
-    with pytest.raises(DataError, match=r"deep\.png: cannot be read: mode I;16 has more than 8 bits"):
-        prepared_folder(tmp_path, [*good_images(), ("b", "deep.png", deep)])
+    assert picture_of(Image.fromarray(pixels), (16, 16), None, 255).pixels[..., 1:-1].min() == 255
+    assert picture_of(Image.fromarray(pixels), (40, 80), None, 255).pixels.mean() == pixels.mean()
 
 
 def test_a_test_part_of_damaged_images_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from pipeline.networks.classifier import Architecture
 from pipeline.networks.fast import folded
 from pipeline.networks.weights import load_weights
 from pipeline.prepare.datasets import open_dataset
-from pipeline.prepare.decode import to_array
+from pipeline.prepare.picture import picture_of
 from pipeline.prepare.splits import split_by_class
 from pipeline.search.boundary import SearchResult, judge, margin_of, probability_margin
 from pipeline.search.geometry import project
@@ -941,7 +941,7 @@ def test_newton_on_the_authors_teacher_and_real_images(tmp_path):
         part = source.parts["train"]
         rows = split_by_class(part.labels, 120 / 5000, seed=0)[1]
         labels = part.labels[rows]
-        pixels = np.stack([to_array(part.image(int(row)), None, None) for row in rows])
+        pixels = np.stack([picture_of(part.image(int(row)), None, None, 255).pixels for row in rows])
     teacher = load_weights(weights, Architecture("resnet26", 10, (3, 32, 32), MEAN, STD)).eval().requires_grad_(False)
     images, base = torch.from_numpy(pixels).float() / 255, torch.from_numpy(labels)
     logits = torch.cat([teacher(part) for part in images.split(250)])

@@ -145,6 +145,7 @@ def dataset_parameters(**changes):
         "path": "data/raw",
         "image_size": None,
         "channels": None,
+        "background": 255,
         "train_images": None,
         "skip_bad": False,
         "seed": 0,
