@@ -17,10 +17,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from pipeline.core.errors import StoreError, shown
+
+if TYPE_CHECKING:
+    import h5py
 
 CANNOT_BE_WRITTEN = {
     getattr(errno, name)
@@ -227,3 +230,13 @@ def file_digest(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_hdf5(path: Path | str) -> h5py.File:
+    """Open an HDF5 file for reading.
+
+    HDF5 would lock it, which network file systems may refuse; there is no need, as no file is changed in its place.
+    """
+    import h5py  # imported here: slow
+
+    return h5py.File(path, "r", locking=False)

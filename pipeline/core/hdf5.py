@@ -1,4 +1,4 @@
-"""HDF5 files: written whole, so that what decides their bytes is here, and read without locks."""
+"""HDF5 files that are written whole: what decides their bytes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,3 @@ def written_hdf5(path: Path) -> Iterator[h5py.File]:
         file.flush()
         content = file.id.get_file_image()
     write_atomically(path, content)
-
-
-def read_hdf5(path: Path | str) -> h5py.File:
-    """Open an HDF5 file for reading.
-
-    HDF5 would lock it, which network file systems may refuse; there is no need, as no file is changed in its place.
-    """
-    return h5py.File(path, "r", locking=False)

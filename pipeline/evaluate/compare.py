@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.core.hdf5 import read_hdf5, written_hdf5
+from pipeline.core.files import read_hdf5
+from pipeline.core.hdf5 import written_hdf5
 from pipeline.core.status import Status
 from pipeline.evaluate.planes import classes_on_planes
 from pipeline.evaluate.similarity import agreement, angle_similarity, magnitude_similarity, teacher_divergence

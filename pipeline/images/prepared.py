@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.errors import DataError
-from pipeline.core.files import atomic_path, reserve
-from pipeline.core.hdf5 import read_hdf5
+from pipeline.core.files import atomic_path, read_hdf5, reserve
 from pipeline.core.provenance import fingerprint
 
 SPLITS = ("train", "validation", "test")

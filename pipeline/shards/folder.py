@@ -14,8 +14,7 @@ from typing import Any, Protocol
 import h5py
 
 from pipeline.core.errors import ShardError
-from pipeline.core.files import local_path
-from pipeline.core.hdf5 import read_hdf5
+from pipeline.core.files import local_path, read_hdf5
 
 DIGEST_BLOCK = 1 << 20  # bytes in memory while a file is digested
 METADATA_BLOCK = 1 << 16  # bytes that HDF5 reads of a remote file at a time

@@ -6,7 +6,8 @@ import fcntl
 import filelock._unix
 import pytest
 
-from pipeline.core.hdf5 import read_hdf5, written_hdf5
+from pipeline.core.files import read_hdf5
+from pipeline.core.hdf5 import written_hdf5
 from pipeline.images.prepared import read_prepared
 from pipeline.shards.reader import BoundaryShards
 from tests.support.files import contents, make_project, run_stage
