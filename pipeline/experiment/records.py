@@ -38,7 +38,9 @@ class RunRecord(BaseModel):
     method: str
     seed: int
     wanted: str
-    """Fingerprint of what was asked for: parameters, and digests of the prepared splits and of the teacher."""
+    """Fingerprint of `reads` and the seed."""
+    reads: dict[str, Any]
+    """What was asked for: parameters, and digests of the prepared splits and of the teacher."""
     code: str
     """Digest of the code that made it."""
     processor: str

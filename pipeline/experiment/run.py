@@ -65,8 +65,10 @@ class WantedRun:
     seed: int
     params: Params
     """Of its variant and draw."""
+    reads: dict[str, Any]
+    """What it follows from, but for the seed and the rounding of this machine."""
     wanted: str
-    """Fingerprint of what is asked for."""
+    """Fingerprint of these and the seed."""
     code: str
     """Digest of the code that makes it."""
 
@@ -280,6 +282,7 @@ class ExperimentRun:
                 method=run.method,
                 seed=run.seed,
                 wanted=run.wanted,
+                reads=run.reads,
                 code=run.code,
                 processor=processor(),
                 seconds=round(time.perf_counter() - begin, 1),
