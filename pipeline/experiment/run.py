@@ -183,7 +183,11 @@ class ExperimentRun:
                 reads, code = self._reads_of(params, labels["student"], method, train)
                 for seed in range(params.seeds):
                     wanted = fingerprint(reads, seed)
-                    runs.append(WantedRun(labels=labels, draw=draw, seed=seed, params=params, wanted=wanted, code=code))
+                    runs.append(
+                        WantedRun(
+                            labels=labels, draw=draw, seed=seed, params=params, reads=reads, wanted=wanted, code=code
+                        )
+                    )
         return runs
 
     def _reads_of(self, params: Params, student: str, method: Method, train: Prepared) -> tuple[dict[str, Any], str]:
