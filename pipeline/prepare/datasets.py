@@ -199,8 +199,8 @@ def _check_class_names(path: Path, class_names: tuple[str, ...], by_part: dict[s
     if len(class_names) == 1:
         raise DataError(f"{path}: all images are of one class, '{shown(class_names[0])}'; {LAYOUT}")
     forms: dict[str, str] = {}
-    for part, entries in by_part.items():
-        for name in sorted({label for label, _ in entries}):
+    for part in ("train", *by_part):
+        for name in sorted({label for label, _ in by_part[part]}):
             other = forms.setdefault(unicodedata.normalize("NFC", name), name)
             if other != name:
                 raise DataError(

@@ -140,10 +140,7 @@ def _hearing_warnings() -> Iterator[None]:
                 _heard.texts.append(shown(one_line(message)))
 
         warnings.showwarning = hear
-        try:
-            yield
-        finally:
-            _heard.texts = None
+        yield
 
 
 class _Sameness:
@@ -235,18 +232,18 @@ class _Decoder:
         return [self._decode_row(part, row) for row in rows]
 
     def _decode_row(self, part: Part, row: int) -> Picture | str:
-        dataset = self.dataset
+        dataset, doubts = self.dataset, list[str]()
+        _heard.texts = doubts
         try:
-            _heard.texts = []
             with part.image(row) as image:
                 picture = picture_of(image, dataset.image_size, dataset.channels, dataset.background)
         except UnidentifiedImageError:  # its message names an address in memory
             return f"{part.name(row)}: cannot be read: it is damaged, no image, or of a kind that is not read here"
         except Exception as error:  # PIL raises all kinds on damaged images
             return f"{part.name(row)}: cannot be read: {shown(one_line(error))}"
-        if _heard.texts:
-            return picture._replace(remarks={DOUBTFUL: _heard.texts[0]} | picture.remarks)
-        return picture
+        finally:
+            _heard.texts = None
+        return picture._replace(remarks={DOUBTFUL: doubts[0]} | picture.remarks) if doubts else picture
 
     def _report(self, problem: str) -> None:
         if not self.dataset.skip_bad:

@@ -114,6 +114,9 @@ EDITS = {
     "how a file is replaced": Edit("core/files.py", "hex[:8]", "hex[:9]", set()),
     "how forks are started": Edit("machine/forks.py", "PR_SET_PDEATHSIG = 1", "PR_SET_PDEATHSIG = 2", set()),
     "how many cores there are": Edit("machine/processor.py", 'f"CPU quota {', 'f"the CPU quota {', set()),
+    "how images are decoded": Edit(
+        "prepare/picture.py", "background * (255 - alpha) + 127", "background * (255 - alpha)", set()
+    ),  # the digest of the prepared images tells
     "the card": Edit("publish/card.py", "0.05, 0.25, 0.5", "0.05, 0.2, 0.5", set()),
     "the report": Edit("report/charts.py", "BINS = 40", "BINS = 41", set()),
     # What decides some results.

@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import pickle
+import subprocess
 import tarfile
 import threading
 import zipfile
@@ -240,6 +241,296 @@ def test_a_large_member_is_refused_before_it_is_read(tmp_path, monkeypatch):
     for packer in ("images.tar", "images.zip"):
         path = PACKERS[packer](tmp_path / packer, image_tree() | {"train/bird/bomb.png": bytes(20_000)})
         assert "member 'train/bird/bomb.png' has 0 MB: too large" in refused(tmp_path, path)
+
+
+def notes_of(tmp_path, path):
+    with open_dataset(dataset_parameters(name="imagefolder", path=str(path)), tmp_path) as source:
+        return source.class_names, list(source.notes)
+
+
+def flat_tree(*names):
+    return {name: png(PIXELS[row % len(PIXELS)]) for row, name in enumerate(names)}
+
+
+LAYOUT = "expected class folders of images, CLASS/IMAGE, or train/CLASS/IMAGE and test/CLASS/IMAGE"
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("train", "test"),
+        ("Training", "VAL"),
+        ("train",),
+        ("train", "training"),
+        ("train", "test", "extra"),
+        ("photos/train", "photos/test"),
+        ("train/train", "train/test"),
+        ("train/train/cat", "train/test/cat"),
+        ("train/cat", "train/dog", "test"),  # the test part alone has no classes
+        ("train/cat", "train/dog", "valid"),
+    ],
+)
+def test_parts_without_class_folders_are_refused_with_the_expected_form(tmp_path, packer, folders):
+    tree = flat_tree(*(f"{folder}/{row}.png" for folder in folders for row in range(2)))
+    assert LAYOUT in refused(tmp_path, PACKERS[packer](tmp_path / packer, tree))
+
+
+def test_one_class_may_be_called_as_a_part(tmp_path):
+    path = as_folder(tmp_path / "images", flat_tree("bus/0.png", "car/0.png", "train/0.png"))
+    assert notes_of(tmp_path, path) == (("bus", "car", "train"), [])
+
+
+STRAYS = {
+    "an image beside the wrapper": ("preview.png", "images in no class folder: the top folder (1)"),
+    "an image in the wrapper": ("photos/preview.png", "images in no class folder: photos (1)"),
+    "a text beside the wrapper": ("README.txt", "files that are no images by their names (1 of .txt)"),
+    "a folder beside the wrapper": ("docs/README.txt", "folders without images: docs"),
+    "a folder in the wrapper": ("photos/docs/README.txt", "folders without images: photos/docs"),
+    "what other systems leave": ("__MACOSX/photos/cat/._0.png", None),
+    "another one": (".DS_Store", None),
+    "thumbnails": ("photos/Thumbs.db", None),
+    "thumbnails of a store": ("photos/@eaDir/0.png", None),
+}
+
+
+@pytest.mark.parametrize("stray", STRAYS)
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("parts", [("",), ("train/", "test/")])
+def test_what_lies_beside_the_classes_is_told_by_name_and_changes_nothing(tmp_path, packer, stray, parts):
+    names = [f"photos/{part}{label}/{row}.png" for part in parts for label in ("cat", "dog") for row in range(2)]
+    name, told = STRAYS[stray]
+    path = PACKERS[packer](tmp_path / packer, flat_tree(*names) | {name: png(PIXELS[0])})
+    class_names, notes = notes_of(tmp_path, path)
+    assert class_names == ("cat", "dog")
+    assert [note for note in notes if told and told in note] == notes[:1]
+    assert bool(notes) == bool(told)
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize(
+    ("stray", "named"),
+    [
+        ("extra/0.png", ("extra", "photos")),  # is it 'photos' and 'extra', or 'cat' and 'dog'?
+        ("photos/extra/deeper/0.png", ("photos/extra", "cat")),
+    ],
+)
+def test_folders_of_which_it_is_unclear_whether_they_are_classes_are_refused_by_name(tmp_path, packer, stray, named):
+    path = PACKERS[packer](tmp_path / packer, flat_tree("photos/cat/0.png", "photos/dog/0.png", stray))
+    message = refused(tmp_path, path)
+    assert "take away what is no class" in message
+    assert all(name.rpartition("/")[2] in message for name in named)
+
+
+def test_parts_beside_another_folder_of_images_are_refused_by_name(tmp_path):
+    tree = image_tree()
+    tree = {f"photos/{name}": content for name, content in tree.items()} | flat_tree("extra/more/0.png")
+    message = refused(tmp_path, as_folder(tmp_path / "images", tree))
+    assert "'test' is in 'photos', beside which there are other folders of images" in message
+
+
+def test_a_folder_beside_the_parts_is_told(tmp_path):
+    extra = flat_tree("extra/a/0.png", "extra/a/1.png", "unlabelled/0.png")
+    _, notes = notes_of(tmp_path, as_folder(tmp_path / "images", image_tree() | extra))
+    assert notes == ["left out: images in no class folder: extra/a (2), unlabelled (1)"]
+
+
+def test_many_folders_are_told_in_one_line(tmp_path):
+    extra = flat_tree(*(f"extra/{number:03}/0.png" for number in range(20)))
+    _, (note,) = notes_of(tmp_path, as_folder(tmp_path / "images", image_tree() | extra))
+    assert note.endswith("extra/004 (1) and 15 more")
+
+
+def test_a_single_class_is_refused_by_name(tmp_path):
+    message = refused(tmp_path, as_folder(tmp_path / "images", flat_tree("photos/0.png", "photos/1.png")))
+    assert f"all images are of one class, 'photos'; {LAYOUT}" in message
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+def test_classes_that_take_the_images_of_deeper_folders_are_told(tmp_path, packer):
+    path = PACKERS[packer](tmp_path / packer, flat_tree("a/x/0.png", "b/x/0.png", "b/y/0.png"))
+    assert notes_of(tmp_path, path) == (("a", "b"), ["classes that take the images of all folders below theirs: a, b"])
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ("train/empty", "left out: folders without images: train/empty"),
+        ("train/notes/0.heic", "left out: folders without images: train/notes"),
+        ("test/notes/0.heic", "left out: folders without images: test/notes"),
+        ("validation", "left out: folders without images: validation"),
+        ("train/bird/empty", None),  # a class has images elsewhere
+    ],
+)
+def test_class_folders_without_images_are_told_by_name(tmp_path, packer, entry, told):
+    tree = image_tree() | ({entry: b"x"} if entry.endswith(".heic") else {})
+    path = PACKERS[packer](tmp_path / packer, tree)
+    if not entry.endswith(".heic"):
+        add_folder(path, entry)
+    class_names, notes = notes_of(tmp_path, path)
+    assert class_names == ("bird", "cat")
+    assert notes[:1] == ([told] if told else [])
+
+
+def add_folder(path, name):
+    """Put an empty folder into a folder or archive."""
+    if path.is_dir():
+        (path / name).mkdir()
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.mkdir(name)
+    else:
+        content = path.read_bytes()
+        is_packed = content[:2] == b"\x1f\x8b"
+        path.write_bytes(gzip.decompress(content) if is_packed else content)
+        info = tarfile.TarInfo(name)
+        info.type = tarfile.DIRTYPE
+        with tarfile.open(path, "a") as archive:
+            archive.addfile(info)
+        if is_packed:
+            path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def test_links_that_lead_nowhere_and_to_what_was_read_are_told(tmp_path):
+    path = as_folder(tmp_path / "images", image_tree())
+    (path / "train/cow").symlink_to("cat")
+    (path / "train/bird/9.png").symlink_to("absent.png")
+    class_names, notes = notes_of(tmp_path, path)
+    assert class_names == ("bird", "cat")
+    assert notes == [
+        "passed over: links to folders that are read under another name: train/cow",
+        "passed over: links that lead nowhere, and special files: train/bird/9.png",
+    ]
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("name", ["a.avif", "a.jp2", "a.tga", "a.PBM", "a.qoi", "a.psd", "a.jpe"])
+def test_whatever_pil_reads_is_an_image(tmp_path, packer, name):
+    path = PACKERS[packer](tmp_path / packer, image_tree() | {f"train/cat/{name}": png(PIXELS[0])})
+    assert len(opened(tmp_path, path)[1]["train"][0]) == 7
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.eps", "a.ps", "a.h5", "a.mpg", "a.wmf", "a.fits", "a.grib", "png"])
+def test_what_is_no_picture_is_told_and_not_opened(tmp_path, name):
+    path = as_folder(tmp_path / "images", image_tree() | {f"train/cat/{name}": png(PIXELS[0])})
+    _, (note,) = notes_of(tmp_path, path)
+    assert "files that are no images by their names (1 of " in note
+    assert len(opened(tmp_path, path)[1]["train"][0]) == 6
+
+
+SPARSE = {
+    "old GNU": ["--format=oldgnu"],
+    "GNU": ["--format=gnu"],
+    **{f"PAX {version}": ["--format=posix", f"--sparse-version={version}"] for version in ("0.0", "0.1", "1.0")},
+}
+
+
+def bmp(pixels):
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "BMP")
+    return content.getvalue()
+
+
+def write_with_holes(path, content, block=4096):
+    with open(path, "wb") as file:
+        file.truncate(len(content))
+        for start in range(0, len(content), block):
+            if any(content[start : start + block]):
+                file.seek(start)
+                file.write(content[start : start + block])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", SPARSE)
+def test_sparse_tar_archives_are_read_as_they_were_packed(tmp_path, kind, packed):
+    generator = np.random.default_rng(0)
+    images = {}
+    for number in range(4):
+        pixels = np.zeros((300, 400, 3), np.uint8)
+        for _ in range(12 * number):  # more pieces than fit into one header
+            row = generator.integers(0, 300)
+            pixels[row, :50] = generator.integers(0, 256, (50, 3))
+        images[f"{'ab'[number % 2]}/{number}.bmp"] = pixels
+    for name, pixels in images.items():
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_with_holes(tmp_path / "images" / name, bmp(pixels))
+    archive = tmp_path / ("images.tar.gz" if packed else "images.tar")
+    command = ["tar", "--create", "--sparse", "--hole-detection=raw", *SPARSE[kind]]
+    command += ["--gzip"] if packed else []
+    subprocess.run([*command, "--file", archive, "--directory", tmp_path / "images", "a", "b"], check=True)
+    plain = gzip.decompress(archive.read_bytes()) if packed else archive.read_bytes()
+    assert len(plain) < sum(pixels.nbytes for pixels in images.values()) / 2
+    with tarfile.open(archive) as members:
+        assert sum(member.issparse() for member in members) == 4
+    _, parts = opened(tmp_path, archive)
+    labels, read = parts["train"]
+    assert labels == [0, 0, 1, 1]
+    for name, pixels in zip(sorted(images), read, strict=True):
+        assert np.array_equal(pixels, images[name]), name
+
+
+NAMES = {  # the bytes of a part of a name, and what is said of it
+    "latin-1": (b"caf\xe9", "is not UTF-8"),
+    "shift-jis": (b"\x94\x4c", "is not UTF-8"),
+    "newline": (b"ca\nt", "has control characters"),
+    "escape": (b"\x1b[31mcat", "has control characters"),
+    "delete": (b"cat\x7f", "has control characters"),
+    "next line": ("ca\x85t".encode(), "has control characters"),
+    "line separator": ("ca\u2028t".encode(), "has control characters"),
+}
+
+
+def with_name(packer, path, part, name):
+    """A folder or archive in which a placeholder in a name was replaced by bytes."""
+    placeholder = "X" * len(name)
+    tree = image_tree() | {part.replace("NAME", placeholder): png(PIXELS[0])}
+    if packer == "images":
+        return as_folder(path, {key.replace(placeholder, os.fsdecode(name)): value for key, value in tree.items()})
+    if packer.endswith("zip"):  # no flag says that names are UTF-8
+        as_zip(path, tree)
+        path.write_bytes(path.read_bytes().replace(placeholder.encode(), name))
+        return path
+    tree = {key.replace(placeholder, name.decode("utf-8", "surrogateescape")): value for key, value in tree.items()}
+    return PACKERS[packer](path, tree)
+
+
+@pytest.mark.parametrize("part", ["train/NAME/0.png", "train/cat/NAME.png"])
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("kind", NAMES)
+def test_names_that_nobody_could_read_are_refused(tmp_path, kind, packer, part):
+    name, reason = NAMES[kind]
+    message = refused(tmp_path, with_name(packer, tmp_path / packer, part, name))
+    assert reason in message
+    assert message.isprintable()
+    assert part.partition("NAME")[0] in message
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("name", ["café", "猫　犬", "кот", "🐈‍⬛", "a b", "cat\u00a0"])
+def test_names_in_any_language_are_kept(tmp_path, packer, name):
+    class_names, _ = opened(tmp_path, with_name(packer, tmp_path / packer, "train/NAME/0.png", name.encode()))
+    assert set(class_names) == {"bird", "cat", name}
+
+
+@pytest.mark.parametrize("parts", [("train", "train"), ("train", "test")])
+@pytest.mark.parametrize("packer", PACKERS)
+def test_names_in_two_unicode_forms_are_refused(tmp_path, packer, parts):
+    twins = ("caf\u00e9", "cafe\u0301")
+    tree = image_tree() | flat_tree(*(f"{part}/{name}/0.png" for part, name in zip(parts, twins, strict=True)))
+    message = refused(tmp_path, PACKERS[packer](tmp_path / packer, tree))
+    assert "are one text in two Unicode forms: rename one" in message
+    assert message.isascii()
+
+
+@pytest.mark.parametrize("twins", [("Kitten", "kitten"), ("K", "\uff2b"), ("cow", "cow ")])
+@pytest.mark.parametrize("packer", PACKERS)
+def test_names_that_are_nearly_the_same_are_told(tmp_path, packer, twins):
+    tree = image_tree() | flat_tree(*(f"train/{name}/0.png" for name in twins))
+    class_names, notes = notes_of(tmp_path, PACKERS[packer](tmp_path / packer, tree))
+    assert set(twins) < set(class_names)
+    first, second = map(ascii, sorted(twins))
+    assert notes == [f"classes of their own, though their names are alike: {first} and {second}"]
 
 
 def idx(array):

@@ -2,21 +2,23 @@
 
 import io
 import re
+import shutil
 import time
+import warnings
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pipeline.core.errors import DataError
 from pipeline.images.prepared import read_prepared
 from pipeline.prepare.datasets import Part, RawDataset, open_dataset
-from pipeline.prepare.decode import prepare
+from pipeline.prepare.decode import _Decoder, prepare
 from pipeline.prepare.picture import picture_of
 from pipeline.prepare.splits import channel_statistics, split, split_by_class
-from tests.support.files import CLASS_NAMES, finish, start_stage, tiny_images, write_params
+from tests.support.files import CLASS_NAMES, finish, run_stage, start_stage, tiny_images, write_params
 from tests.support.helpers import dataset_parameters, real_data
 
 
@@ -189,7 +191,10 @@ def jpeg(image):
 
 
 def prepared_folder(tmp_path, images, **changes):
-    path = folder_of(tmp_path, images)
+    return prepared_path(tmp_path, folder_of(tmp_path, images), **changes)
+
+
+def prepared_path(tmp_path, path, **changes):
     out = tmp_path / "prepared"
     out.mkdir()
     dataset = dataset_parameters(name="imagefolder", path=str(path), validation_fraction=0.0, **changes)
@@ -276,6 +281,176 @@ def test_a_test_part_of_damaged_images_is_refused(tmp_path):
     bad = [("test/a", f"{row}.png", b"") for row in range(3)]
     with pytest.raises(DataError, match="no image of the test split can be read"):
         prepared_folder(tmp_path, [*images, *bad], skip_bad=True)
+
+
+def oriented(pixels, orientation):
+    """A PNG file whose pixels lie as they are given."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    content = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(content, "PNG", exif=exif)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("form", ["folder", "tar", "gztar", "zip"])
+def test_images_have_one_shape_once_they_are_turned(tmp_path, form):
+    upright = [np.asarray(random_image(size=(12, 20), seed=row)) for row in range(8)]
+    images = [
+        *(("a", f"{row}.png", oriented(pixels, 1)) for row, pixels in enumerate(upright)),
+        *(("b", f"{row}.png", oriented(np.rot90(pixels, 1), 6)) for row, pixels in enumerate(upright)),
+    ]
+    path = folder_of(tmp_path, images)
+    if form != "folder":
+        path = shutil.make_archive(str(tmp_path / "packed"), form, path)
+    written, splits = prepared_path(tmp_path, path)
+    assert written.image_shape == (3, 20, 12)
+    (note,) = written.notes
+    words = "images turned upright, as their EXIF orientation says: 8, the first is "
+    assert re.fullmatch(rf"{words}{path}: b/\d.png", note)
+    for label in (0, 1):
+        pixels = np.concatenate([split_.images[split_.labels == label] for split_ in splits.values()])
+        assert sorted(map(bytes, pixels)) == sorted(each.transpose(2, 0, 1).tobytes() for each in upright)
+
+
+def icon(transparency, seed=0):
+    """A black icon all of whose content is in its transparency, as a palette image or with an alpha channel."""
+    shape = np.random.default_rng(seed).integers(0, 2, (6, 8), np.uint8)
+    if transparency == "alpha":
+        return Image.fromarray(np.stack([0 * shape, 255 * shape], 2))
+    image = Image.fromarray(shape)
+    image.putpalette([0, 0, 0] * 2)
+    image.info["transparency"] = 0 if transparency == "index" else bytes([0, 128])
+    return image
+
+
+@pytest.mark.parametrize("background", [255, 100])
+@pytest.mark.parametrize("transparency", ["alpha", "index", "levels"])
+def test_icons_are_laid_over_the_background_and_counted(tmp_path, recwarn, transparency, background):
+    images = [(label, f"{row}.png", icon(transparency, row)) for label in ("a", "b") for row in range(8)]
+    written, splits = prepared_folder(tmp_path, images, channels=1, background=background)
+    assert written.notes == [
+        f"images with transparent pixels, laid over gray level {background} (dataset.background): 16, the first is "
+        f"{tmp_path}/images: a/0.png"
+    ]
+    dark = round(background * 127 / 255) if transparency == "levels" else 0
+    assert set(np.unique(splits["train"].images)) == {dark, background}
+    assert not recwarn.list
+
+
+def test_what_pil_warns_of_is_told_in_lines_of_our_own(tmp_path, monkeypatch, recwarn):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "a maker with a long name"
+    content = io.BytesIO()
+    random_image(seed=9).save(content, "JPEG", exif=exif.tobytes()[:-9])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # of 48; at 80, PIL refuses an image
+    images = [*good_images(), ("b", "9.jpg", content.getvalue())]
+    written, _ = prepared_folder(tmp_path, images)
+    (note,) = written.notes
+    assert re.fullmatch(
+        r"images that are read, but perhaps not as they were meant: 1, the first is .*b/9.jpg: .*Truncated File Read",
+        note,
+    )
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="after"):  # warnings are heard as before
+        warnings.warn("after", stacklevel=1)
+
+
+def test_what_others_warn_of_meanwhile_is_heard(tmp_path):
+    images, labels = tiny_images()
+    source = source_of(images, labels)
+
+    class Bar:
+        def update(self, _):
+            warnings.warn("from elsewhere", stacklevel=1)
+
+    decoder = _Decoder(dataset_parameters(), 2)
+    with pytest.warns(UserWarning, match="from elsewhere"), open(tmp_path / "pixels", "wb") as pixels:
+        decoder.decode("train", source.parts["train"], pixels, Bar())
+    assert list(decoder.notes()) == []
+
+
+def test_of_moving_images_the_first_frame_is_taken_and_told(tmp_path):
+    frames = [random_image(seed=row).convert("P") for row in (20, 21)]
+    moving = io.BytesIO()
+    frames[0].save(moving, "GIF", save_all=True, append_images=frames[1:])
+    written, _ = prepared_folder(tmp_path, [*good_images(), ("b", "9.gif", moving.getvalue())])
+    assert written.notes == [
+        "images of several frames or pages, of which the first one is taken: 1, the first is "
+        f"{tmp_path}/images: b/9.gif"
+    ]
+
+
+def test_an_error_names_no_address(tmp_path):
+    with pytest.raises(DataError) as caught:
+        prepared_folder(tmp_path, [*good_images(), ("b", "broken.jpg", DAMAGED["text"])])
+    assert "0x" not in str(caught.value)
+    assert "it is damaged, no image, or of a kind that is not read here" in str(caught.value)
+
+
+def test_splits_of_equal_images_are_warned_of(tmp_path):
+    images, labels = tiny_images()
+    same = np.broadcast_to(images[:1], images.shape)
+    written, _ = prepared(tmp_path, source_of(images, labels, test=(same, labels)))
+    assert written.warnings == ["all 120 images of the test split are equal: no class can be told from another"]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 1, 2)])
+def test_splits_of_images_of_one_colour_each_are_warned_of(tmp_path, shape):
+    images, labels = tiny_images(shape=(shape[0], 1, 1))
+    flat = np.broadcast_to(images, (120, *shape))
+    others, _ = tiny_images(shape=shape)
+    written, _ = prepared(tmp_path, source_of(flat, labels, test=(others, labels)))
+    assert written.warnings == [
+        "each image of the train split (88) is of one colour all over",
+        "each image of the validation split (32) is of one colour all over",
+    ]
+
+
+def test_one_different_image_is_enough(tmp_path):
+    images = np.zeros((120, 1, 8, 8), np.uint8)
+    images[-1, 0, 3, 3] = 1
+    labels = labels_of((60, 60))
+    split_ = (images, labels)
+    written, _ = prepared(tmp_path, source_of(*split_, ("a", "b"), test=split_, validation=split_))
+    assert written.warnings == []
+
+
+def test_a_single_image_is_no_split_of_equal_images(tmp_path):
+    images, labels = tiny_images()
+    written, _ = prepared(tmp_path, source_of(images, labels, test=(images[:1], labels[:1])))
+    assert written.warnings == []
+
+
+def test_images_of_a_single_pixel_may_be_of_one_colour(tmp_path):
+    written, _ = prepared(tmp_path, source_of(*tiny_images(shape=(3, 1, 1))))
+    assert written.warnings == []
+
+
+FOLDER = {
+    "dataset.name": "imagefolder",
+    "dataset.path": "images",
+    "dataset.test_fraction": 0.25,
+    "dataset.validation_fraction": 0.25,
+}
+
+
+@pytest.mark.parametrize("classes", [2, 10, 11, 30])
+def test_the_last_lines_name_the_classes_with_their_counts(tmp_path, monkeypatch, classes):
+    monkeypatch.chdir(tmp_path)
+    images = [(f"c{name:02}", f"{row}.png", b"") for name in range(classes) for row in range(4 + name)]
+    flat = io.BytesIO()
+    Image.new("L", (4, 4), 9).save(flat, "PNG")
+    folder_of(tmp_path, [(label, name, flat.getvalue()) for label, name, _ in images])
+    write_params(tmp_path / "params.yaml", FOLDER)
+    result = run_stage("prepare")
+    assert result.exit_code == 0, result.stderr
+    listed, wrote = result.stdout.splitlines()
+    named = ", ".join(f"c{name:02} ({4 + name})" for name in range(min(10, classes)))
+    more = {2: "", 10: "", 11: " and 1 more (14 to 14 each)", 30: " and 20 more (14 to 33 each)"}[classes]
+    assert listed == f"classes, with their images in all splits: {named}{more}"
+    assert wrote.startswith(f"wrote data/prepared: imagefolder, {classes} classes, 4x4, gray")
+    warned = [line for line in result.stderr.splitlines() if line.startswith("warning: all ")]
+    assert [re.search(r"the (\w+) split", line)[1] for line in warned] == ["train", "validation", "test"]
 
 
 def test_a_thousand_classes(tmp_path):
