@@ -780,7 +780,9 @@ def test_a_row_without_a_usable_gradient_ends_alone(search, special, batch_size)
     clean = search_by(search, model, images[others], base[others], target[others])
     assert (clean.status != Status.BAD_GRADIENT).all()
     for name, value in values_of(clean).items():
-        torch.testing.assert_close(getattr(result, name)[others], value, rtol=1e-9, atol=1e-9, msg=name)
+        # DeepFool may come so near to the boundary that rounding, which batches change, decides about one step more.
+        slack = 1 if (search, name) == ("deepfool", "evaluations") else 1e-9
+        torch.testing.assert_close(getattr(result, name)[others], value, rtol=1e-9, atol=slack, msg=name)
 
 
 def test_nan_logits_end_their_row_alone():
