@@ -263,7 +263,7 @@ class fork_stage:  # noqa: N801 (used like start_stage)
         return tuple(Path(f"/proc/self/fd/{output}").read_text() for output in self.outputs)
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=300):
     """(exit code, stdout, stderr) of a started stage, which must end within so many seconds."""
     try:
         stdout, stderr = process.communicate(timeout=timeout)
