@@ -25,20 +25,19 @@ autograd asks a driver about any others.
 
 import contextlib
 import importlib
+import os
 import sys
 from collections import Counter
-from pathlib import Path
 from unittest import mock
 
 import torch
 import torch._dynamo  # the first optimizer imports it, and it looks at functions that are replaced here
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("cuda", 0)
 MEMORY = 80 << 30  # bytes
-TORCH = str(Path(torch.__file__).parent)
+TORCH = os.path.dirname(torch.__file__)
 INDEXING = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_")
 SIZED_BY_VALUES = ("nonzero", "masked_select", "_unique2", "repeat_interleave", "bincount")
 MEMORY_ONLY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -141,15 +140,9 @@ class PretendedGpu(TorchFunctionMode):
         first = args[0] if args else None
         name = getattr(function, "__name__", "")
         if isinstance(first, Tensor):
-            on_device = isinstance(first, DeviceTensor)
-            for getter, answer in (
-                (Tensor.device, DEVICE if on_device else first.device),
-                (Tensor.is_cuda, on_device),
-                (Tensor.is_cpu, not on_device),
-            ):
-                if function == getter.__get__:
-                    return answer
-            if function == Tensor.data.__set__ and on_device:
+            if function in GETTERS:
+                return GETTERS[function](first)
+            if function == Tensor.data.__set__ and _on_it(first):
                 first.held = args[1].held
             elif name in METHODS:
                 return METHODS[name](self, *args, **kwargs)
@@ -166,14 +159,14 @@ class PretendedGpu(TorchFunctionMode):
             return function(*args, **kwargs)
         result = function(*args, **{**kwargs, "device": "cpu"})
         if not _is_device(wanted):
-            return tree_map(_held, result)
+            return _map(_held, result)
         if generator is not None:
             _refuse_generator(generator)
         if function.__name__ in FACTORIES_THAT_COPY:
             self._wait("copy to the device")
         if not function.__name__.startswith("empty"):
             self._launch()
-        return tree_map(_on_device, result)
+        return _map(_on_device, result)
 
     def _to(self, tensor, *args, copy=False, **kwargs):
         if args and isinstance(args[0], Tensor):
@@ -229,7 +222,7 @@ class PretendedGpu(TorchFunctionMode):
             if not _is_device(map_location):
                 return load(*args, map_location=map_location, **kwargs)
             loaded = load(*args, map_location="cpu", **kwargs)
-            return tree_map(lambda each: self._upload(each) if isinstance(each, Tensor) else each, loaded)
+            return _map(lambda each: self._upload(each) if isinstance(each, Tensor) else each, loaded)
 
         return load_there
 
@@ -237,7 +230,7 @@ class PretendedGpu(TorchFunctionMode):
 
     def run(self, operator, args, kwargs):
         """Run one operator of which at least one argument is on the device."""
-        leaves = tree_leaves((args, kwargs))
+        leaves = list(_leaves((args, kwargs)))
         for each in leaves:
             if isinstance(each, torch.Generator):
                 _refuse_generator(each)
@@ -256,11 +249,11 @@ class PretendedGpu(TorchFunctionMode):
         self._count(operator, name, args)
         if operator in PRODUCT_OF and args[0].is_floating_point() and not _on_it(args[1]):
             operator, args = PRODUCT_OF[operator], (args[0], 1 / torch.as_tensor(args[1], dtype=args[0].dtype))
-        result = operator(*tree_map(_held, args), **tree_map(_held, kwargs))
+        result = operator(*_map(_held, args), **_map(_held, kwargs))
         if operator._schema.is_mutable and name.endswith("_"):
             return args[0] if operator._schema.returns else None
         given = {id(each.held): each for each in leaves if isinstance(each, DeviceTensor)}
-        return tree_map(lambda each: given.get(id(each), _on_device(each)), result)
+        return _map(lambda each: given.get(id(each), _on_device(each)), result)
 
     def _count(self, operator, name, args):
         if operator.is_view or name in VIEWS or name in MEMORY_ONLY:
@@ -285,6 +278,11 @@ class PretendedGpu(TorchFunctionMode):
         self.waits[f"{_asked_from()} {what}"] += 1
 
 
+GETTERS = {
+    Tensor.device.__get__: lambda tensor: DEVICE if _on_it(tensor) else tensor.device,
+    Tensor.is_cuda.__get__: lambda tensor: _on_it(tensor),
+    Tensor.is_cpu.__get__: lambda tensor: not _on_it(tensor),
+}
 # By name: what has to be answered whatever the tensor is, and what only of one on the device.
 METHODS = {
     "to": PretendedGpu._to,
@@ -301,6 +299,23 @@ METHODS_OF_DEVICE = {
     "get_device": lambda gpu, tensor: DEVICE.index,
     "one_hot": PretendedGpu._one_hot,
 }
+
+
+def _map(function, value):
+    """Apply a function to each leaf of nested lists, tuples and dicts."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map(function, each) for each in value])
+    if isinstance(value, dict):
+        return type(value)((key, _map(function, each)) for key, each in value.items())
+    return function(value)
+
+
+def _leaves(value):
+    if isinstance(value, (list, tuple, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(each)
+    else:
+        yield value
 
 
 def _on_it(value):
@@ -340,6 +355,6 @@ def _asked_from():
     while frame is not None:
         file = frame.f_code.co_filename
         if file != __file__ and not file.startswith((TORCH, "<")):
-            return f"{Path(file).name}:{frame.f_lineno}"
+            return f"{os.path.basename(file)}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
