@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
-from pipeline.core.errors import ParameterError, PipelineError, known_problem, shown
+from pipeline.core.errors import ParameterError, PipelineError, PipelineWarning, known_problem, shown
 from pipeline.core.files import local_path
 from pipeline.core.text import one_line
 from pipeline.core.timings import RunRecord, record_run
@@ -84,7 +86,8 @@ def errors_in_one_line(function: Callable[..., Any] | None = None, *, interrupte
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         sys.unraisablehook = _interrupt_again
         try:
-            function(*args, **options)
+            with _warnings_in_one_line():
+                function(*args, **options)
         except KeyboardInterrupt:
             _complain(f"\ninterrupted: {interrupted}")
             sys.exit(EXIT_INTERRUPTED)
@@ -106,6 +109,31 @@ def errors_in_one_line(function: Callable[..., Any] | None = None, *, interrupte
             sys.exit(EXIT_FAILED)
 
     return command
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Say each warning of the library in one line, and not twice; others are shown as ever."""
+    said = set[str]()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not issubclass(category, PipelineWarning):
+            show_others(message, category, filename, lineno, file, line)
+        elif str(message) not in said:
+            said.add(str(message))
+            _complain(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        show_others, warnings.showwarning = warnings.showwarning, show
+        warnings.simplefilter("always", PipelineWarning)
+        yield
 
 
 def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:

@@ -15,7 +15,7 @@ from pipeline.core.parameters import Attack, Views
 from pipeline.core.status import Status
 from pipeline.images.pixels import pixels
 from pipeline.images.prepared import Prepared
-from pipeline.images.views import Stream, apply_views, draw_views, uniforms
+from pipeline.images.views import Stream, ViewParameters, apply_views, draw_views, uniforms
 from pipeline.machine.device import one_cpu_thread
 from pipeline.search.targets import draw_targets
 from pipeline.search.teacher_search import TeacherSearch
@@ -41,14 +41,9 @@ def shard_values(
     """Return all columns of one shard, whose bytes do not depend on the number of CPU threads."""
     rows = slice(block.start, block.start + block.rows)
     drawn = draw_views(attack.seed, block.view, block.start, block.rows, views.padding, views.flip)
-    images = apply_views(
-        torch.from_numpy(train.images[rows]),
-        torch.from_numpy(drawn.crop),
-        torch.from_numpy(drawn.flip),
-        views.padding,
-    )
-    on_device = pixels(images.to(search.device))
-    logits = search.logits(on_device).cpu().numpy()
+    seen = _cut(train.images[rows], drawn, views.padding, search.device)
+    images = pixels(seen)
+    logits = search.logits(images).cpu().numpy()
     labels = train.labels[rows]
     correct = logits.argmax(1) == labels
     noise = uniforms(attack.seed, Stream.TARGETS, block.view, block.start, block.rows, logits.shape[1])
@@ -58,7 +53,7 @@ def shard_values(
     values: dict[str, NDArray[Any]] = {
         "index": np.arange(rows.start, rows.stop, dtype=np.uint32),
         "label": labels,
-        "image": images.numpy(),
+        "image": seen.cpu().numpy(),
         "crop": drawn.crop,
         "flip": drawn.flip,
         "teacher_logits": logits,
@@ -73,7 +68,8 @@ def shard_values(
     }
     if correct.any():
         drawn_by = (attack.seed, block.view, block.start)
-        _search_into(values, search, on_device, correct, drawn_by, partial(_other_views, train, block, views, attack))
+        other_views = partial(_other_views, train, block, views, attack, search.device)
+        _search_into(values, search, images, correct, drawn_by, other_views)
     if not attack.embed_images:
         del values["image"]
     return values
@@ -97,7 +93,7 @@ def _search_into(
     rows = torch.from_numpy(correct).to(search.device)
 
     def of_correct_rows(image: Literal["same", "any"]) -> Tensor:
-        return pixels(other_views(image).to(search.device)[rows]).flatten(0, 1)
+        return pixels(other_views(image)[rows]).flatten(0, 1)
 
     result = search.find(
         images[rows].repeat_interleave(count, 0),
@@ -108,7 +104,10 @@ def _search_into(
         of_correct_rows,
     )
     for name in SEARCHED:
-        array = getattr(result, name).cpu().numpy()
+        found = getattr(result, name)
+        if name == "delta":  # whole numbers: a quarter of the bytes to bring from a device
+            found = found.to(torch.int8)
+        array = found.cpu().numpy()
         values[name][correct] = array.reshape(-1, count, *array.shape[1:])
     # The search's network may see a tie where the reference sees a correct base: by rounding, very rarely.
     lost = values["status"] == Status.BASE_MISCLASSIFIED
@@ -118,7 +117,15 @@ def _search_into(
     values["boundary_logits"][lost] = image_logits[lost]
 
 
-def _other_views(train: Prepared, block: Block, views: Views, attack: Attack, image: Literal["same", "any"]) -> Tensor:
+def _cut(images: NDArray[np.uint8], drawn: ViewParameters, padding: int, device: torch.device) -> Tensor:
+    """Return views (N, C, H, W) uint8 of images as they were drawn, cut on the device."""
+    on_device, crop, flip = (torch.from_numpy(each).to(device) for each in (images, drawn.crop, drawn.flip))
+    return apply_views(on_device, crop, flip, padding)
+
+
+def _other_views(
+    train: Prepared, block: Block, views: Views, attack: Attack, device: torch.device, image: Literal["same", "any"]
+) -> Tensor:
     """Return another view (rows, targets, C, H, W) uint8 for each sample of a block: of its image, or of any one."""
     count, images = attack.targets, len(train.labels)
     start, rows = block.start * count, block.rows * count
@@ -127,7 +134,5 @@ def _other_views(train: Prepared, block: Block, views: Views, attack: Attack, im
     if image == "any":
         numbers = uniforms(attack.seed, Stream.OTHER_IMAGES, block.view, start, rows, 1)
         index = (numbers[:, 0] * images).astype(np.int64)
-    seen = apply_views(
-        torch.from_numpy(train.images[index]), torch.from_numpy(drawn.crop), torch.from_numpy(drawn.flip), views.padding
-    )
+    seen = _cut(train.images[index], drawn, views.padding, device)
     return seen.reshape(block.rows, count, *train.image_shape)

@@ -33,6 +33,10 @@ class TrainingError(PipelineError):
     """Training cannot go on, for example because the loss is not finite."""
 
 
+class PipelineWarning(UserWarning):
+    """Something that a user may want to know although it stops nothing. Commands say it in one line, once."""
+
+
 def known_problem(error: Exception) -> str | None:
     """Return what an error of torch means, of those that users can do something about; it has no types for them."""
     text = f"{type(error).__name__}: {error}"

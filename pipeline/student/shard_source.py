@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.core.errors import ShardError
@@ -78,31 +79,33 @@ class ShardSource:
         return other
 
     def epoch(self, epoch: int) -> Iterator[TeacherBatch]:
-        generator = np.random.default_rng((self.seed, 3, epoch))
+        noise = self._noise(epoch)
         rest: dict[str, Tensor] = {}
         waiting = torch.empty(0, dtype=torch.int64, device=self.device)
-        windows = plan_epoch(self.shards.manifest, self.seed, epoch)
-        for number, (columns, rows) in enumerate(self._windows(windows)):
+        for columns, rows, last in self._windows(plan_epoch(self.shards.manifest, self.seed, epoch)):
             if self._resident is None and rest:  # rows left over from the last window come first
                 columns = {name: torch.cat([rest[name], columns[name]]) for name in columns}
                 rows = rows + len(waiting)
                 waiting = torch.arange(len(waiting), device=self.device)
             rows = torch.cat([waiting, rows])
-            last = number == len(windows) - 1
             # At least one row waits for the next window: the last batch must not be a single row.
             end = len(rows) if last else (len(rows) - 1) // self.batch_size * self.batch_size
             for batch in batches_of(end, self.batch_size):
-                yield self._batch(columns, rows[batch], generator)
+                count = batch.stop - batch.start
+                yield self._batch(columns, rows[batch], noise[:count])
+                noise = noise[count:]
             waiting = rows[end:]
             if self._resident is None:
                 rest = {name: column[waiting] for name, column in columns.items()}
 
-    def _windows(self, windows: list[Window]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yield columns of each window, on the device, and the order of the rows to take from them."""
+    def _windows(self, windows: list[Window]) -> Iterator[tuple[dict[str, Tensor], Tensor, bool]]:
+        """Yield columns of each window, on the device, the order of the rows to take from them, and if it is the last.
+
+        What is resident is one window: the order of an epoch goes to the device at once.
+        """
         if self._resident is not None:
-            for window in windows:
-                rows = [np.arange(shard.rows) + self._starts[shard.name] for shard in window.shards]
-                yield self._resident, torch.from_numpy(np.concatenate(rows)[window.order]).to(self.device)
+            order = np.concatenate([self._places(window) for window in windows])
+            yield self._resident, torch.from_numpy(order).to(self.device), True
             return
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, windows[0].shards)
@@ -111,16 +114,30 @@ class ShardSource:
                 if number + 1 < len(windows):
                     ahead = reader.submit(self._read, windows[number + 1].shards)
                 on_device = {name: column.to(self.device, non_blocking=True) for name, column in columns.items()}
-                yield on_device, torch.from_numpy(window.order).to(self.device)
+                yield on_device, torch.from_numpy(window.order).to(self.device), number == len(windows) - 1
 
-    def _batch(self, columns: dict[str, Tensor], rows: Tensor, generator: np.random.Generator) -> TeacherBatch:
+    def _places(self, window: Window) -> NDArray[np.int64]:
+        """Return the rows of a window among all that are resident, in its order."""
+        return np.concatenate([np.arange(each.rows) + self._starts[each.name] for each in window.shards])[window.order]
+
+    def _noise(self, epoch: int) -> Tensor:
+        """Return random numbers (rows, targets) of an epoch, by which one of several usable samples is taken.
+
+        With one target class there is nothing to choose, and the numbers are not drawn.
+        """
+        shape = (self.rows, self.shards.manifest.targets)
+        if not self.statuses or shape[1] == 1:
+            return torch.zeros(shape, device=self.device)
+        drawn = np.random.default_rng((self.seed, 3, epoch)).random(shape, np.float32)
+        return torch.from_numpy(drawn).to(self.device)
+
+    def _batch(self, columns: dict[str, Tensor], rows: Tensor, noise: Tensor) -> TeacherBatch:
         images = pixels(columns["image"][rows])
         labels, logits = columns["label"][rows], columns["teacher_logits"][rows]
         if not self.statuses:
             return TeacherBatch(images=images, labels=labels, teacher_logits=logits)
         usable = is_any_of(columns["status"][rows], self.statuses)
         # With several targets, one of the usable ones is taken, at random.
-        noise = torch.from_numpy(generator.random(usable.shape, np.float32)).to(self.device)
         choice = torch.where(usable, noise, -1.0).argmax(1)
         return BoundaryBatch(
             images=images,

@@ -141,13 +141,12 @@ class FreshSource:
 
     def indexed(self, epoch: int) -> Iterator[tuple[NDArray[np.int64], Batch]]:
         """Yield batches with their rows in the training split."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+        index = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
         padding = self.views.padding
         drawn = draw_views(self.seed, epoch, 0, self.rows, padding, self.views.flip, Stream.FRESH_VIEWS)
+        # Once an epoch: the host would wait for each copy to a GPU.
+        order, crop, flip = (torch.from_numpy(each).to(self.device) for each in (index, drawn.crop, drawn.flip))
         for batch in batches_of(self.rows, self.batch_size):
-            index = order[batch]
-            rows = torch.from_numpy(index).to(self.device)
-            crop = torch.from_numpy(drawn.crop[index]).to(self.device)
-            flip = torch.from_numpy(drawn.flip[index]).to(self.device)
-            views = apply_views(self.images[rows], crop, flip, padding)
-            yield index, Batch(images=pixels(views), labels=self.labels[rows])
+            rows = order[batch]
+            views = apply_views(self.images[rows], crop[rows], flip[rows], padding)
+            yield index[batch], Batch(images=pixels(views), labels=self.labels[rows])

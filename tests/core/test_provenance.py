@@ -149,10 +149,10 @@ EDITS = {
     ),
     "batches from shards": Edit("student/shard_source.py", "self.seed, 3, epoch", "self.seed, 4, epoch", FROM_SHARDS),
     "views": Edit("images/views.py", "WORDS_PER_COUNTER = 4", "WORDS_PER_COUNTER = 8", ALL - {"comparison"}),
-    "what a pixel is": Edit("images/pixels.py", "images.float() / 255", "images.float() / 256", ALL),
+    "what a pixel is": Edit("images/pixels.py", "255.0,", "256.0,", ALL),
     "a network": Edit("networks/resnet.py", "F.avg_pool2d(x, 1, self.stride)", "F.max_pool2d(x, 1, self.stride)", ALL),
     "how a network is named": Edit("core/network_names.py", "match[2] or 16", "match[2] or 8", ALL),
-    "gradients in bfloat16": Edit("networks/fast.py", "model, 0.1)", "model, 0.2)", SEARCHED | {"at"}),
+    "gradients in bfloat16": Edit("networks/fast.py", "model, 0.1,", "model, 0.2,", SEARCHED | {"at"}),
     "threads": Edit("machine/device.py", "torch.set_num_threads(1)", "torch.set_num_threads(2)", ALL),
     "the measure": Edit("evaluate/compare.py", "max_gradients=20", "max_gradients=30", {"comparison"}),
     "AngSim": Edit("evaluate/similarity.py", ".clamp(-1, 1)", ".clamp(0, 1)", {"comparison"}),
@@ -215,7 +215,7 @@ def test_names_that_come_through_a_package_are_seen(package, way):
         return code_digest("pipeline.losses.mine")
 
     before = digest()
-    edit(package / "images/pixels.py", "/ 255", "/ 256")
+    edit(package / "images/pixels.py", "255.0,", "256.0,")
     assert digest() != before
 
 

@@ -1,6 +1,7 @@
 """Networks, their weights files, and folding for searches."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.core.errors import WeightsError
+from pipeline.core.errors import PipelineWarning, WeightsError
 from pipeline.networks import fast
 from pipeline.networks.classifier import Architecture, Classifier, build
 from pipeline.networks.fast import folded, halved
@@ -294,8 +295,12 @@ class Untraceable(nn.Module):
 
 def test_a_network_that_cannot_be_traced_is_copied_as_it_is():
     torch.manual_seed(0)
-    model = Classifier(Untraceable(), GRAY)
-    copy = folded(model)
+    model = Classifier(Untraceable(), GRAY._replace(network="own.odd.network"))
+    with pytest.warns(
+        PipelineWarning, match=r"own.odd.network': its batch norms are not folded, .*TraceError: "
+    ) as told:
+        copy = folded(model)
+    assert [str(each.message).count("\n") for each in told] == [0]
     images = images_for(GRAY)
     assert torch.equal(copy(images), model.eval()(images))
     assert isinstance(copy.network, Untraceable)
@@ -355,10 +360,38 @@ def test_a_halved_copy_sees_perturbations_far_smaller_than_bfloat16_tells_pixels
 @pytest.mark.usefixtures("bfloat16")
 def test_a_network_that_cannot_be_halved_is_left_as_it_is():
     torch.manual_seed(0)
-    untraceable = folded(Classifier(Untraceable(), GRAY))
-    assert halved(untraceable) is untraceable
+    with pytest.warns(PipelineWarning):
+        untraceable = folded(Classifier(Untraceable(), GRAY))
+    with warnings.catch_warnings(action="error"):  # folding has said it
+        assert halved(untraceable) is untraceable
     one_layer = folded(Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), GRAY))
-    assert halved(one_layer) is one_layer
+    with pytest.warns(
+        PipelineWarning, match=r"gradients are in float32, not bfloat16, .*\(TypeError: '0' is no layer\)"
+    ):
+        assert halved(one_layer) is one_layer
+
+
+@pytest.mark.usefixtures("bfloat16")
+def test_a_fast_copy_that_is_wrong_or_breaks_is_not_taken_and_the_reason_is_told(monkeypatch):
+    model = built(GRAY)
+
+    def broken(network):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr("torch.fx.experimental.optimization.fuse", broken)
+    with pytest.warns(PipelineWarning, match=r"not folded, .*\(OutOfMemoryError: CUDA out of memory. Tried to"):
+        assert isinstance(folded(model).network.bn1, nn.BatchNorm2d)
+    monkeypatch.setattr("torch.fx.experimental.optimization.fuse", lambda network: built(GRAY, seed=1).network)
+    with pytest.warns(PipelineWarning, match=r"not folded, .*\(logits would be off by \d"):
+        copy = folded(model)
+    torch.testing.assert_close(copy(images_for(GRAY)), model(images_for(GRAY)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("bfloat16")
+@pytest.mark.filterwarnings("error")
+def test_of_what_is_no_fallback_nothing_is_told():
+    for architecture in (GRAY, COLOUR):
+        halved(folded(built(architecture)))
 
 
 def test_without_bfloat16_instructions_nothing_is_halved(monkeypatch):

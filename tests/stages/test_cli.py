@@ -12,15 +12,17 @@ import subprocess
 import sys
 import termios
 import time
+import warnings
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
+from pipeline.core.errors import PipelineWarning
 from pipeline.core.provenance import ROOT
-from stages.cli import EXIT_CODES
-from tests.support.files import finish, make_project, start_stage, write_params
+from stages.cli import EXIT_CODES, errors_in_one_line
+from tests.support.files import finish, make_project, run_stage, start_stage, write_params
 
 NAMES = sorted(path.stem for path in (ROOT / "stages").glob("[a-z]*.py") if path.stem != "cli")
 
@@ -51,6 +53,37 @@ def examples_in(text):
     """The command lines after `Example:`."""
     found = re.search(r"Example: (.*?)\n\n", text, re.DOTALL)
     return [line.strip() for line in found[1].splitlines()] if found else []
+
+
+def test_a_warning_of_the_library_is_one_line_and_said_once(tmp_path, monkeypatch):
+    make_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def broken(network):
+        raise RuntimeError("no such\nthing")
+
+    monkeypatch.setattr("torch.fx.experimental.optimization.fuse", broken)
+    result = run_stage("attack")
+    assert result.exit_code == 0, result.output
+    (told,) = (line for line in result.stderr.splitlines() if "warn" in line.lower())
+    what = "network 'resnet8w2': its batch norms are not folded, searches take longer"
+    assert told == f"warning: {what} (RuntimeError: no such thing)"
+
+
+def test_other_warnings_are_shown_as_ever():
+    @click.command()
+    @errors_in_one_line
+    def command():
+        for _ in range(2):
+            warnings.warn("slow", PipelineWarning, stacklevel=1)
+            with warnings.catch_warnings():  # others change the filters, and Python forgets what it has shown
+                warnings.warn("slow", PipelineWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+
+    with pytest.warns(UserWarning, match="something else") as others:
+        result = CliRunner().invoke(command)
+    assert result.stderr.splitlines() == ["warning: slow"]
+    assert len(others) == 1
 
 
 def test_every_command_is_here():
