@@ -55,15 +55,16 @@ class DeepFoolSearch:
             gaps, slope = gaps.detach(), torch.stack(slopes, 1)
             evaluations[rows] += 1
             left = torch.isfinite(logits).all(1) & (logits.argmax(1) != base[rows])
-            status[rows[left & (evaluations[rows] == 1)]] = Status.BASE_MISCLASSIFIED
+            lost = left & (evaluations[rows] == 1)
             squared = slope.square().flatten(2).sum(2)
             nearest = torch.where(squared > 0, gaps.abs() / squared.sqrt(), torch.inf).argmin(1)
             at = torch.arange(len(rows), device=base.device), nearest
             step = per_row(gaps[at].abs() / squared[at]) * slope[at]
             bad = ~left & ~(torch.isfinite(row_sum(step.square())))
-            status[rows[bad]] = Status.BAD_GRADIENT
+            ended = torch.where(lost, Status.BASE_MISCLASSIFIED, status[rows])
+            status[rows] = torch.where(bad, Status.BAD_GRADIENT, ended)
             moves = ~(left | bad)
-            walked[rows[moves]] += step[moves]
+            walked[rows] += torch.where(per_row(moves), step, 0)
             active[rows] = moves & (evaluations[rows] < self.steps)
         ends = (images + (1 + self.overshoot) * walked).clamp(0, 1)
         delta, scale = as_ray(ends - images, quantise=True)

@@ -71,11 +71,12 @@ class Heo2019Search:
             finite = torch.isfinite(loss) & torch.isfinite(norm)
             left = finite & (scores.argmax(1) != base[rows])
             bad = ~left & ~(finite & (norm > 0))
-            status[rows[bad]] = Status.BAD_GRADIENT
-            status[rows[left & (evaluations[rows] == 1)]] = Status.BASE_MISCLASSIFIED
+            lost = left & (evaluations[rows] == 1)
+            ended = torch.where(lost, Status.BASE_MISCLASSIFIED, status[rows])
+            status[rows] = torch.where(bad, Status.BAD_GRADIENT, ended)
             moves = ~(left | bad)
             step = per_row(self.step_size * (loss + self.epsilon) / norm) * gradient
-            x[rows[moves]] = (x[rows] - step)[moves].clamp(-self.bound, self.bound)
+            x[rows] = torch.where(per_row(moves), (x[rows] - step).clamp(-self.bound, self.bound), x[rows])
             active[rows] = moves & (evaluations[rows] < self.steps)
         delta, scale = as_ray((x - start) * self.std, quantise=True)
         return conclude(

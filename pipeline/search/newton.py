@@ -366,19 +366,14 @@ class NewtonSearch:
             quantise=self.quantise,
         )
         rows = Rows.at_start(problem)
-        while True:
-            by_phase: dict[Phase, Tensor] = {
-                phase: (rows.phase == phase).nonzero().squeeze(1) for phase in Phase if phase != Phase.DONE
-            }
-            phase = _next(by_phase, problem.batch_size)
-            if phase is None:
-                break
-            step, network = {
-                Phase.WALK: (walk, problem.fast),
-                Phase.SIDESTEP: (sidestep, problem.fast),
-                Phase.CLOSE: (close, problem.reference),
-            }[phase]
-            index = by_phase[phase][: problem.batch_size]
+        steps = {
+            Phase.WALK: (walk, problem.fast),
+            Phase.SIDESTEP: (sidestep, problem.fast),
+            Phase.CLOSE: (close, problem.reference),
+        }
+        while chosen := next_rows(rows.phase, problem.batch_size):
+            phase, index = chosen
+            step, network = steps[phase]
             rows.put(index, step(rows.take(index), network, limits))
         # Found samples were judged when they were; the others end as they are.
         lost = (~rows.found & (rows.status != Status.BASE_MISCLASSIFIED)).nonzero().squeeze(1)
@@ -397,15 +392,29 @@ class NewtonSearch:
         )
 
 
-def _next(by_phase: dict[Phase, Tensor], batch_size: int) -> Phase | None:
-    """Choose the phase to run; None when all rows are done.
+def next_rows(phases: Tensor, batch_size: int) -> tuple[Phase, Tensor] | None:
+    """Choose the phase to run, and the first rows (n,) that are in it, `batch_size` at most; None when all are done.
 
     Whole batches of cheap forward passes come first: they free rows. A part of a batch waits until no row walks, and
-    sidesteps, which are rare, until nothing else is left, so that they come together.
+    sidesteps, which are rare, until nothing else is left, so that they come together. The host waits for the device
+    once, for the counts.
+
+    Args:
+        phases: (R,) values of `Phase`.
+        batch_size: rows of a pass.
+
+    Example:
+        >>> next_rows(torch.tensor([Phase.CLOSE, Phase.WALK, Phase.DONE, Phase.WALK]), batch_size=8)
+        (<Phase.WALK: 0>, tensor([1, 3]))
     """
-    closing, walking, aside = (len(by_phase[phase]) for phase in (Phase.CLOSE, Phase.WALK, Phase.SIDESTEP))
-    if closing >= batch_size or (closing and not walking):
-        return Phase.CLOSE
-    if walking:
-        return Phase.WALK
-    return Phase.SIDESTEP if aside else None
+    counts = (phases[:, None] == torch.arange(len(Phase), device=phases.device)).sum(0).tolist()
+    if counts[Phase.CLOSE] >= batch_size or (counts[Phase.CLOSE] and not counts[Phase.WALK]):
+        phase = Phase.CLOSE
+    elif counts[Phase.WALK]:
+        phase = Phase.WALK
+    elif counts[Phase.SIDESTEP]:
+        phase = Phase.SIDESTEP
+    else:
+        return None
+    before = sum(counts[:phase])
+    return phase, phases.argsort(stable=True)[before : before + min(counts[phase], batch_size)]
