@@ -17,6 +17,7 @@ from pipeline.core.parameters import Params, load_params
 from pipeline.core.store import Store, lock
 from pipeline.machine.cluster import connected
 from pipeline.machine.processes import Processes
+from pipeline.networks.loading import try_out
 from pipeline.student.inputs import InputPaths
 from pipeline.student.run import StudentRun
 from pipeline.student.worker import SeedRun, fit_on_workers
@@ -98,6 +99,10 @@ def main(
                 stack.enter_context(lock(WORK / f"student-{run.name}.lock", say))
         processes.barrier()  # all processes look for finished runs when nobody else writes
         unfinished = [run.unfinished() for run in runs]
+        for architecture in dict.fromkeys(
+            run.architecture for run, seeds in zip(runs, unfinished, strict=True) if seeds
+        ):
+            try_out(architecture)
         if scheduler is not None and any(unfinished):
             tasks = [
                 SeedRun(*each, seed, run.key(seed))

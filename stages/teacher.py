@@ -18,7 +18,7 @@ from pipeline.images.prepared import read_prepared, read_validation
 from pipeline.machine.device import set_up_device
 from pipeline.machine.processes import Processes
 from pipeline.networks.checkpoint import INDEX, convert_checkpoint
-from pipeline.networks.loading import examined
+from pipeline.networks.loading import examined, try_out
 from pipeline.networks.predict import accuracy
 from pipeline.networks.weights import load_weights, save_weights
 from pipeline.teacher import teacher_architecture, train_teacher
@@ -65,6 +65,7 @@ def main(context: click.Context, params_path: Path, prepared: Path, out: Path, r
         origin = f"imported from {params.teacher.weights}"
     else:
         processes = Processes(params.runtime, params.teacher.training.precision)
+        try_out(teacher_architecture(params.teacher, train))
         with lock(WORK / "teacher.lock", say) if processes.is_first else nullcontext():
             processes.barrier()  # all processes look for a finished run when nobody else writes
             result = train_teacher(params, train, validation, processes, Store(WORK / "fits"))

@@ -127,7 +127,8 @@ def atomic_directory(path: Path, *owned: str, beside: Sequence[str] = ()) -> Ite
     """Yield an empty temporary folder beside `path`; on success it takes the place of `path`.
 
     One process at a time may do this for a path (hold a lock). What a killed one left is cleared away first. Of a
-    symbolic link, the folder that it leads to is replaced.
+    symbolic link, the folder that it leads to is replaced. A folder that cannot be renamed, as one of a container's
+    image, is copied aside and removed: for that moment, nothing whole is at `path`.
 
     Args:
         path: the folder.
@@ -149,7 +150,7 @@ def atomic_directory(path: Path, *owned: str, beside: Sequence[str] = ()) -> Ite
             new.mkdir(parents=True)
             yield new
             if place.exists():
-                os.rename(place, old)
+                _set_aside(place, old)
             try:
                 os.rename(new, place)
             except BaseException:
@@ -159,6 +160,17 @@ def atomic_directory(path: Path, *owned: str, beside: Sequence[str] = ()) -> Ite
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _set_aside(path: Path, aside: Path) -> None:
+    """Rename a folder; where that cannot be, copy and remove it."""
+    try:
+        os.rename(path, aside)
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # what overlayfs says of a folder of a lower layer
+            raise
+        shutil.copytree(path, aside, symlinks=True)
+        shutil.rmtree(path)
 
 
 def check_replaceable(path: Path, *owned: str, beside: Sequence[str] = ()) -> None:

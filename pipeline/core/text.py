@@ -11,6 +11,9 @@ from pydantic import ValidationError
 
 from pipeline.core.errors import shown
 
+LFS_SIGNATURE = b"version https://git-lfs"
+LFS_POINTER = "a pointer of Git LFS, not the file itself: fetch it with: git lfs pull"
+
 
 def one_line(error: object) -> str:
     """Return an error's message without its line breaks, or its type where it has none."""

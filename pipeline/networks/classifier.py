@@ -129,8 +129,8 @@ def _checked(classifier: Classifier) -> Classifier:
     except Exception as error:  # networks raise all kinds on images that they do not take
         reason = one_line(error)
         raise WeightsError(
-            f"network '{architecture.network}' does not take images of {height}x{width} ({reason}): set "
-            "dataset.image_size, or take another network"
+            f"network '{architecture.network}' does not take images of {height}x{width} and give logits ({reason}): "
+            "set dataset.image_size, or take another network; one of your own gives one tensor (N, classes), float32"
         ) from None
     if shape != (1, architecture.classes):
         raise WeightsError(f"network '{architecture.network}' is no classifier: its output has shape {shape}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
+from pipeline.core.text import LFS_POINTER, LFS_SIGNATURE
+
 HEAD = 512  # bytes that are looked at: the signature of a tar archive lies at 257
 AGAIN = "copy or download it again"
 UNPACK = "unpack it, and name the checkpoint in it"
 SIGNATURES = {
-    b"version https://git-lfs": "a pointer of Git LFS, not the file itself: fetch it with: git lfs pull",
+    LFS_SIGNATURE: LFS_POINTER,
     b"\x89HDF": "an HDF5 file, as Keras writes them: convert it to a state dict of torch where it was made",
     b"\x93NUMPY": "a NumPy array (.npy): save a state dict with torch.save",
     b"GGUF": "a GGUF file of a language model, no image classifier",

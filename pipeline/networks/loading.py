@@ -10,12 +10,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.core.errors import WeightsError
+from pipeline.core.extensions import is_own
 from pipeline.core.files import file_digest
 from pipeline.images.prepared import Prepared
-from pipeline.networks.classifier import Classifier
+from pipeline.machine.device import one_cpu_thread
+from pipeline.networks.classifier import Architecture, Classifier, build
 from pipeline.networks.fast import frozen
+from pipeline.networks.outputs import probability_problem, random_problem
 from pipeline.networks.predict import predict
 from pipeline.networks.weights import load_weights
 
@@ -26,6 +30,7 @@ TIMES_AS_GOOD = 2  # another order of classes explains errors that makes so many
 SHARE_OF_A_CIRCLE = 0.75  # of classes that one another's names went round
 ORDER_LEVEL = 1e-4  # probability of that by accident: below, it is none
 CLASSES_NAMED = 10  # in messages
+TRIED = 4  # images that outputs are looked at for
 
 
 def load_for(path: Path, data: Prepared, role: str) -> Classifier:
@@ -78,10 +83,15 @@ def examined(teacher: Classifier, data: Prepared, device: torch.device, trained_
     Chance is to name the largest class for every image. One that was trained here has its classes in their order.
 
     Raises:
-        WeightsError: it is hardly better than chance, or not so surely on so few images; or another order of its
-            classes explains what it says.
+        WeightsError: it gives no logits, or others each time; it is hardly better than chance, or not so surely on so
+            few images; or another order of its classes explains what it says.
     """
-    predicted = predict(frozen(teacher, device), data.images, device).argmax(1).cpu().numpy()
+    network = frozen(teacher, device)
+    logits = predict(network, data.images, device)
+    once, again = (predict(network, data.images[:TRIED], device) for _ in range(2))
+    if problem := random_problem(once, again) or probability_problem(logits):
+        raise WeightsError(f"the teacher ('{teacher.architecture.network}') {problem}")
+    predicted = logits.argmax(1).cpu().numpy()
     count, right = len(data.labels), int((predicted == data.labels).sum())
     value, chance = right / count, float(np.bincount(data.labels).max() / count)
     moved = {} if trained_here else moved_classes(predicted, data.labels, len(data.class_names))
@@ -109,6 +119,28 @@ def examined(teacher: Classifier, data: Prepared, device: torch.device, trained_
             f"its image size and that its classes are those of the prepared data: {_some(data.class_names)}",
         )
     return Examined(value, None)
+
+
+def try_out(architecture: Architecture) -> None:
+    """Refuse a network of the user that gives no logits, before it is trained.
+
+    Raises:
+        WeightsError: it cannot be built; in training or in evaluation, it gives no logits (N, classes), or other ones
+            for the same images.
+    """
+    if not is_own(architecture.network):
+        return
+    with one_cpu_thread(), torch.random.fork_rng(devices=[]), torch.no_grad():  # forks may follow
+        torch.manual_seed(0)
+        model, images = build(architecture), torch.rand(TRIED, *architecture.image_shape)
+        name, expected = architecture.network, (TRIED, architecture.classes)
+        for when in ("training", "evaluation"):
+            given = model.train(when == "training")(images)
+            shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            if shape != expected:
+                raise WeightsError(f"network '{name}' gives {shape} in {when}, expected logits {expected}, one tensor")
+        if problem := random_problem(given, model(images)) or probability_problem(given):
+            raise WeightsError(f"network '{name}' {problem}")
 
 
 def moved_classes(predicted: NDArray[np.int64], labels: NDArray[np.int64], classes: int) -> dict[int, int]:

@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.core.errors import DataError, shown
 from pipeline.core.files import as_utf8
+from pipeline.core.text import LFS_POINTER, LFS_SIGNATURE
 
 # What PIL knows the suffixes of, but are no pictures, or take a program of another kind to draw.
 NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
@@ -177,7 +178,13 @@ def open_image(stream: BinaryIO) -> Image.Image:
     Raises:
         OSError: it is no image of the kinds that are read.
     """
-    return Image.open(stream, formats=sorted(set(image_kinds().values())))
+    try:
+        return Image.open(stream, formats=sorted(set(image_kinds().values())))
+    except UnidentifiedImageError:
+        stream.seek(0)
+        if stream.read(len(LFS_SIGNATURE)) == LFS_SIGNATURE:
+            raise OSError(LFS_POINTER) from None
+        raise
 
 
 def _is_image(name: str) -> bool:

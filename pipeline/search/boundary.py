@@ -75,7 +75,10 @@ def check_images(images: Tensor) -> None:
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(f"expected images (R, C, H, W) of floating point, got {images.dtype} {tuple(images.shape)}")
     if not bool(((images >= 0) & (images <= 1)).all()):  # False for NaN
-        raise ValueError(f"images must be in [0, 1], got {images.amin():.3g} to {images.amax():.3g}")
+        raise ValueError(
+            f"images must be in [0, 1], got {images.amin():.9g} to {images.amax():.9g}: divide bytes by 255, undo a "
+            "normalisation (the model owns it), clamp what rounding brought outside"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from pipeline.networks.outputs import probability_problem, random_problem
 from pipeline.search.boundary import (
     TOLERANCE,
     LogitsFunction,
@@ -35,7 +36,8 @@ def find_boundary(
     """Find a sample near each image on the decision boundary between two classes of a model.
 
     The sample is `images + result.perturbation`; it is on the boundary where `result.status` is `Status.CONVERGED`.
-    A module is asked in evaluation mode, and left in the mode it was in; its weights get no gradients.
+    A module is asked in evaluation mode and without autocast, and left in the mode it was in; its weights get no
+    gradients.
 
     Args:
         model: from pixels (n, C, H, W) in [0, 1] to logits (n, classes), differentiable; it normalises by itself.
@@ -49,8 +51,8 @@ def find_boundary(
         quantise: round perturbations to 8 bits, as shards store them.
 
     Raises:
-        ValueError: the arguments do not fit each other, images are outside [0, 1], or the model gives no logits or no
-            gradients.
+        ValueError: the arguments do not fit each other, images are outside [0, 1], or the model gives no logits, no
+            gradients, or something else each time.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
@@ -61,15 +63,24 @@ def find_boundary(
         (tensor([0], dtype=torch.uint8), tensor([-0.4000,  0.0000]))
     """
     check_images(images)
+    if images.element_size() < torch.float32.itemsize:
+        raise ValueError(
+            f"expected images in float32, got {images.dtype}, in which perturbations are lost: let the model itself "
+            "cast, as lambda x: model(x.half()).float()"
+        )
     images = images.clone() if images.is_inference() else images  # gradients go through no tensor of that mode
     for name, classes in (("base", base), ("target", target)):
         if classes is not None and classes.shape != (len(images),):
             raise ValueError(f"expected {name} ({len(images)},), got {tuple(classes.shape)}")
     base, target = (each if each is None else each.clone() for each in (base, target))
-    with _evaluated(model):
+    with _evaluated(model), torch.autocast(images.device.type, enabled=False):
         if len(images):
             _check_model(model, images[:1])
         logits = logits_in_batches(model, images, batch_size)
+        if len(images) and (problem := probability_problem(logits)):
+            raise ValueError(f"the model {problem}")
+        for name, classes in (("base", base), ("target", target)):
+            _check_classes(name, classes, logits.shape[1])
         base = logits.argmax(1) if base is None else base
         target = logits.scatter(1, base[:, None], -torch.inf).argmax(1) if target is None else target
         return NewtonSearch(max_gradients=max_gradients, quantise=quantise)(
@@ -96,8 +107,21 @@ def _check_model(model: LogitsFunction, image: Tensor) -> None:
         )
     if logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 2:
         raise ValueError(f"the model gives {tuple(logits.shape)} for one image, expected logits (1, classes)")
+    if logits.dtype != image.dtype:
+        raise ValueError(f"the model gives {logits.dtype}, expected {image.dtype}, as images: return logits.float()")
     if not logits.requires_grad:
         raise ValueError("no gradients go through the model: leave out torch.no_grad, detach and the like in it")
+    if problem := random_problem(logits.detach(), model(image)):
+        raise ValueError(f"the model {problem}")
+
+
+def _check_classes(name: str, classes: Tensor | None, count: int) -> None:
+    """Refuse classes (N,) that a model does not have: on a GPU, they would end the process."""
+    if classes is None or not len(classes):
+        return
+    lowest, largest = int(classes.min()), int(classes.max())
+    if lowest < 0 or largest >= count:
+        raise ValueError(f"expected {name} from 0 to {count - 1}, the model's classes, got {lowest} to {largest}")
 
 
 @contextlib.contextmanager

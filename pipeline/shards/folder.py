@@ -15,7 +15,9 @@ import h5py
 
 from pipeline.core.errors import ShardError
 from pipeline.core.files import local_path, read_hdf5
+from pipeline.core.text import LFS_POINTER, LFS_SIGNATURE
 
+SMALLEST_SHARD = 512  # bytes; a pointer of Git LFS has fewer
 DIGEST_BLOCK = 1 << 20  # bytes in memory while a file is digested
 METADATA_BLOCK = 1 << 16  # bytes that HDF5 reads of a remote file at a time
 
@@ -72,7 +74,10 @@ class RemoteBytes:
     def __init__(self, folder: RemoteFolder, name: str) -> None:
         self.folder, self.path = folder, folder.path_of(name)
         with _as_os_error():
-            self.size = int(folder.file_system().size(self.path))
+            size = folder.file_system().size(self.path)
+        if size is None:
+            raise OSError("the server does not say how large the file is: copy the folder here")
+        self.size = int(size)
 
     def read_into(self, view: memoryview, offset: int) -> int:
         end = min(self.size, offset + len(view))
@@ -107,7 +112,7 @@ class LocalFolder:
 
     def open(self, name: str) -> ByteSource:
         """Open a file; raises OSError."""
-        return LocalBytes(self.path / name)
+        return _no_pointer(LocalBytes(self.path / name))
 
 
 class RemoteFolder:
@@ -146,7 +151,7 @@ class RemoteFolder:
 
     def open(self, name: str) -> ByteSource:
         """Open a file; raises OSError."""
-        return RemoteBytes(self, name)
+        return _no_pointer(RemoteBytes(self, name))
 
 
 Folder = LocalFolder | RemoteFolder
@@ -166,6 +171,16 @@ def folder_at(place: Path | str) -> Folder:
 def as_folder(place: Path | Folder) -> Folder:
     """Return the folder at a path of this machine, or the folder itself."""
     return LocalFolder(place) if isinstance(place, Path) else place
+
+
+def _no_pointer(source: ByteSource) -> ByteSource:
+    """Return an open file; raises OSError where it is what a repository has in the place of a large file."""
+    head = bytearray(len(LFS_SIGNATURE) if source.size < SMALLEST_SHARD else 0)
+    source.read_into(memoryview(head), 0)
+    if head == LFS_SIGNATURE:
+        source.close()
+        raise OSError(LFS_POINTER)
+    return source
 
 
 def digest_of(source: ByteSource) -> str:

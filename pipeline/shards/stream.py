@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,10 @@ class StreamedShards(IterableDataset[dict[str, Tensor]]):
         self.seed, self.all_views, self.buffer_shards = seed, all_views, buffer_shards
         self._epoch = _shared(0)  # workers that live on see it change
         self.rank, self.world_size = rank, world_size
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # a copy's own number is not shared yet
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration; without it, every iteration is that of epoch 0."""

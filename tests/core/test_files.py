@@ -1,6 +1,7 @@
 """Files that are whole or absent, the private store and its lock, fingerprints."""
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -391,6 +392,27 @@ def test_the_old_directory_is_back_when_the_new_one_cannot_take_its_place(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         write_ten(tmp_path / "out")
     assert (tmp_path / "out/3.txt").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_a_directory_of_a_lower_layer_of_overlayfs_is_replaced(tmp_path, monkeypatch, ends_well):
+    write_ten(tmp_path / "out", "old")
+    (tmp_path / "out/4.txt").unlink()
+    lower = {(tmp_path / "out").stat().st_ino}
+
+    def rename(source, target, do=os.rename):
+        if os.stat(source).st_ino in lower:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), source)
+        if not ends_well and ".new." in str(source):
+            raise KeyboardInterrupt
+        do(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with contextlib.nullcontext() if ends_well else pytest.raises(KeyboardInterrupt):
+        write_ten(tmp_path / "out")
+    assert len(names(tmp_path / "out")) == (10 if ends_well else 9)
+    assert (tmp_path / "out/3.txt").read_text() == ("new" if ends_well else "old")
     assert names(tmp_path) == ["out"]
 
 

@@ -35,15 +35,37 @@ class Saying(nn.Module):
 
     def forward(self, images):
         pixels = (images * 255).round().long().flatten(1)
-        return nn.functional.one_hot(pixels[:, 0] * 256 + pixels[:, 1], self.classes).float()
+        return 9.0 * nn.functional.one_hot(pixels[:, 0] * 256 + pixels[:, 1], self.classes)
 
 
-def examination(predicted, labels, names):
+def examination(predicted, labels, names, kind=Saying):
     """How a teacher is judged that says these classes of images with these labels."""
     images = np.stack([predicted // 256, predicted % 256], 1).astype(np.uint8).reshape(-1, 1, 1, 2)
     split = in_memory(images, labels, names, (0.0,), (1.0,))
     architecture = Architecture("says", len(names), (1, 1, 2), (0.0,), (1.0,))
-    return examined(Classifier(Saying(len(names)), architecture), split, CPU)
+    return examined(Classifier(kind(len(names)), architecture), split, CPU)
+
+
+class Soft(Saying):
+    def forward(self, images):
+        return super().forward(images).softmax(1)
+
+
+class Random(Saying):
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits + torch.randn_like(logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Soft, "gives probabilities, expected logits"), (Random, "gives other logits each time it sees an image")],
+)
+def test_a_teacher_that_gives_no_logits_or_others_each_time_is_refused(kind, message):
+    labels = np.arange(60) % 5
+    assert examination(labels, labels, tuple("abcde")).accuracy == 1
+    with pytest.raises(WeightsError, match=rf"the teacher \('says'\) {message}"):
+        examination(labels, labels, tuple("abcde"), kind)
 
 
 @pytest.mark.parametrize(("classes", "images"), [(12, 60), (12, 240), (30, 300), (100, 500), (1000, 8000)])

@@ -221,6 +221,12 @@ def test_a_damaged_image_is_named(tmp_path, damage):
         prepared_folder(tmp_path, images)
 
 
+def test_a_pointer_of_git_lfs_is_named_with_how_to_fetch_the_image(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    with pytest.raises(DataError, match=r"images: b/0\.png: cannot be read: a pointer of Git LFS.*: git lfs pull"):
+        prepared_folder(tmp_path, [*good_images(), ("b", "0.png", pointer)])
+
+
 def test_damaged_images_are_skipped_and_counted_when_asked(tmp_path):
     bad = [("a", "0broken.jpg", DAMAGED["text"]), ("b", "broken.jpg", DAMAGED["cut"])]
     written, splits = prepared_folder(tmp_path, [*good_images(), *bad], skip_bad=True)

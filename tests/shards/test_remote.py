@@ -1,10 +1,13 @@
 """Datasets behind a URL, and streams: the same rows as from the folder, and no more bytes than needed."""
 
+import copy
 import functools
 import http.server
+import pickle
 import re
 import shutil
 import threading
+from hashlib import sha256
 
 import fsspec
 import numpy as np
@@ -279,8 +282,56 @@ def test_a_server_that_answers_no_range_requests_is_named(folder, monkeypatch):
         server.shutdown()
 
 
-def test_workers_that_live_on_see_the_next_epoch(folder):
-    stream = StreamedShards(folder, all_views=True)
+@pytest.mark.parametrize("way", ["chunks", "gzip"])
+def test_a_server_that_does_not_say_how_large_a_file_is_is_named(folder, way):
+    class Unsaid(Handler):
+        root = folder
+
+        def send_header(self, name, value):
+            if name == "Content-Length" and way == "gzip":
+                super().send_header("Content-Encoding", "gzip")
+            elif name != "Content-Length":
+                super().send_header(name, value)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unsaid)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(ShardError, match=r"manifest\.json: .*the server does not say how large the file is"):
+            BoundaryShards(f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+
+
+def pointer_to(path):
+    """What a clone of a repository has in the place of a file that Git LFS holds."""
+    digest, size = sha256(path.read_bytes()).hexdigest(), path.stat().st_size
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {size}\n"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "view-001-block-00002.h5"])
+@pytest.mark.parametrize("where", ["path", "url"])
+def test_pointers_of_git_lfs_are_named_with_how_to_fetch_the_files(folder, tmp_path, name, where):
+    clone = shutil.copytree(folder, tmp_path / "clone")
+    (clone / name).write_text(pointer_to(folder / name))
+    message = f"{name}: .*a pointer of Git LFS, not the file itself: fetch it with: git lfs pull"
+    place = clone if where == "path" else f"memory://{tmp_path.name}"
+    if where == "url":
+        fsspec.filesystem("memory").put(f"{clone}/", place, recursive=True)
+    with pytest.raises(ShardError, match=message):
+        BoundaryShards(place)[2 * 64 - 1]  # the last row of view 1
+    if where == "path":
+        result = run_stage("shards", "verify", clone)
+        assert result.exit_code == 1
+        assert "git lfs pull" in result.output
+
+
+def pickled(stream):
+    return pickle.loads(pickle.dumps(stream))
+
+
+@pytest.mark.parametrize("copied", [lambda stream: stream, copy.deepcopy, pickled], ids=["itself", "copy", "pickled"])
+def test_workers_that_live_on_see_the_next_epoch(folder, copied):
+    stream = copied(StreamedShards(folder, all_views=True))
     loader = DataLoader(stream, batch_size=None, num_workers=2, persistent_workers=True)
     orders = []
     for epoch in range(2):

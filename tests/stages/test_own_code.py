@@ -15,7 +15,7 @@ from pipeline.core.provenance import code_digest
 from pipeline.networks.classifier import Architecture, build
 from pipeline.networks.weights import load_weights
 from pipeline.training.term import statuses_of
-from tests.support.files import finish, fork_stage, tiny_values, write_params
+from tests.support.files import finish, fork_stage, make_project, run_stage, tiny_values, write_params
 
 NETS = '''
 """A wide ResNet (Zagoruyko and Komodakis, 2016), the smallest one."""
@@ -209,6 +209,53 @@ def test_a_network_that_is_none_is_refused(tmp_path, name):
     check_params(tiny_values({"code": str(tmp_path), "students": ["own.broken.net"]}), "tiny")
     with pytest.raises(WeightsError, match=re.escape(message)):
         build(Architecture("own.broken.net", 4, (1, 8, 8), (0.5,), (0.25,)))
+
+
+TRAINING = {
+    "teacher": ({"teacher.network": "own.odd.net"}, []),
+    "student": ({"students": ["own.odd.net"]}, ["--all"]),
+}
+NO_LOGITS = {
+    "probabilities": ("x.softmax(1)", "gives probabilities, expected logits"),
+    "random logits": ("x + torch.randn_like(x)", "gives other logits each time it sees an image"),
+    "two outputs in training": ("(x, x) if self.training else x", "gives tuple in training, expected logits (4, 4)"),
+    "an object": ("SimpleNamespace(logits=x)", "one of your own gives one tensor (N, classes)"),
+}
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+@pytest.mark.parametrize("case", NO_LOGITS)
+def test_a_network_that_gives_no_logits_is_refused_before_it_is_trained(tmp_path, monkeypatch, case, stage):
+    (given, message), (parameters, arguments) = NO_LOGITS[case], TRAINING[stage]
+    make_project(tmp_path, {"methods": ["original"]} | parameters)
+    (tmp_path / "data/code").mkdir()
+    (tmp_path / "data/code/odd.py").write_text(f"""
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 4)
+
+    def forward(self, x):
+        x = self.layer(x.flatten(1))
+        return {given}
+
+
+def net(channels, classes, image_shape):
+    return Net()
+""")
+    monkeypatch.chdir(tmp_path)
+    result = run_stage(stage, *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.startswith("error: network 'own.odd.net' ")
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.rglob("weights.safetensors"))
 
 
 def test_a_loss_without_a_section_is_refused(tmp_path):
