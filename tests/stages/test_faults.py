@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -483,9 +484,24 @@ def test_every_number_of_threads_gives_the_same_bytes(project, threads):
     assert contents(project / "data/bss") == before
 
 
-@pytest.mark.parametrize("seconds", [0.05, 0.3, 0.7, 1.2, 2.0])
+def catches_interrupts(process):
+    """Whether a process has its own way with Ctrl-C at this moment."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return bool(int(status.split("SigCgt:")[1].split()[0], 16) & (1 << signal.SIGINT - 1))
+
+
+def wait_for_our_code(process):
+    """Wait until Python, which has a traceback for Ctrl-C, has started, and the project's first lines have run."""
+    while not catches_interrupts(process):
+        time.sleep(0.001)
+    while catches_interrupts(process):
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("seconds", [0, 0.3, 0.7, 1.2, 2.0])
 def test_an_interrupt_while_a_command_starts_shows_no_traceback(project, seconds):
     process = start_stage(project, "attack", "--plan")
+    wait_for_our_code(process)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     code, _, stderr = finish(process)
