@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
-from pipeline.networks.classifier import Classifier, move_to_
+from pipeline.networks.classifier import Classifier, channels_last_, move_to_
 
 
 def frozen(model: Classifier, device: torch.device) -> Classifier:
@@ -29,7 +29,7 @@ def folded(model: Classifier) -> Classifier:
     fast = _if_it_agrees(
         lambda: Classifier(fuse(plain.network), model.architecture, model.channels).to(device), plain, 1e-3
     )
-    return fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return channels_last_(fast)
 
 
 def _if_it_agrees(make: Callable[[], Classifier], plain: Classifier, tolerance: float) -> Classifier:
