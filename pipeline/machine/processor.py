@@ -1,4 +1,4 @@
-"""The CPU: its name, and how much of it this process may use; no torch."""
+"""The CPU and its memory: the name, and how much of them this process may use; no torch."""
 
 from __future__ import annotations
 
@@ -49,8 +49,39 @@ def threads(root: Path = Path("/")) -> Limit:
     return min([cores(root), *limits], key=lambda limit: limit.most)
 
 
+def free_memory(root: Path = Path("/")) -> int:
+    """Return how many bytes this process may still take: the least of what the machine and its control groups leave.
+
+    Args:
+        root: of the file system that says which limits there are.
+    """
+    left = [_left_by(place) for place in _groups("memory", root)]
+    machine = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(0, min([machine, *(each for each in left if each is not None)]))
+
+
+def _left_by(place: Path) -> int | None:
+    """Return how many bytes one control group leaves; None without a limit."""
+    for names in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            limit, used = (int((place / name).read_text(encoding="utf-8")) for name in names)
+            numbers = dict(line.split() for line in (place / "memory.stat").read_text(encoding="utf-8").splitlines())
+        except (OSError, ValueError):  # no such file, or 'max'
+            continue
+        return limit - used + int(numbers.get("inactive_file", 0))  # of which the kernel takes back what it needs
+    return None
+
+
 def _quotas(root: Path) -> Iterator[tuple[float, Path]]:
     """Yield the CPU quota, in cores, of every control group that this process is in, and of all around it."""
+    for place in _groups("cpu", root):
+        quota = _quota_of(place)
+        if quota is not None:
+            yield quota, place
+
+
+def _groups(controller: str, root: Path) -> Iterator[Path]:
+    """Yield the folders of every control group of a controller that this process is in, and of all around it."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -60,18 +91,15 @@ def _quotas(root: Path) -> Iterator[tuple[float, Path]]:
         controllers, _, group = rest.partition(":")
         if not controllers:  # version 2
             mounts = ["", "unified"]
-        elif "cpu" in controllers.split(","):
-            mounts = [controllers, "cpu"]
+        elif controller in controllers.split(","):
+            mounts = [controllers, controller]
         else:
             continue
         # In a container the group may be named as the host sees it, while only what is within is mounted.
         parts = [part for part in group.split("/") if part not in ("", "..")]
         for mount in dict.fromkeys(mounts):
             for depth in range(len(parts), -1, -1):
-                place = Path(root, "sys/fs/cgroup", mount, *parts[:depth])
-                quota = _quota_of(place)
-                if quota is not None:
-                    yield quota, place
+                yield Path(root, "sys/fs/cgroup", mount, *parts[:depth])
 
 
 def _quota_of(place: Path) -> float | None:

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from pipeline.core.errors import PipelineWarning
 from pipeline.core.text import one_line
-from pipeline.networks.classifier import Classifier, move_to_
+from pipeline.networks.classifier import Classifier, channels_last_, move_to_
 
 
 def frozen(model: Classifier, device: torch.device) -> Classifier:
@@ -29,7 +29,7 @@ def folded(model: Classifier) -> Classifier:
 
     plain = copy.deepcopy(model).eval().requires_grad_(False)
     fast = _if_it_agrees(lambda: fuse(plain.network), plain, 1e-3, "its batch norms are not folded")
-    return fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return channels_last_(fast)
 
 
 def _if_it_agrees(make: Callable[[], nn.Module], plain: Classifier, tolerance: float, otherwise: str) -> Classifier:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,9 +33,14 @@ METADATA = "architecture"  # key in the metadata of a weights file
 
 def save_weights(model: Classifier, path: Path | str) -> None:
     """Write the network's state and the classifier's architecture to a safetensors file, atomically."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
+    state = {name: tensor.detach().cpu() for name, tensor in model.network.state_dict().items()}
     # One entry only: safetensors writes several in any order.
-    write_atomically(local_path(path), save(state, {METADATA: json.dumps(model.architecture._asdict())}))
+    write_atomically(local_path(path), save(apart(state), {METADATA: json.dumps(model.architecture._asdict())}))
+
+
+def apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that share no memory, as safetensors wants them: those of layers with tied weights do."""
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
 @one_cpu_thread()

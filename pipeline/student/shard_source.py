@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +16,7 @@ from pipeline.core.status import Status
 from pipeline.images.pixels import pixels
 from pipeline.images.prepared import Prepared
 from pipeline.images.views import apply_views
+from pipeline.machine import processor
 from pipeline.shards.manifest import ShardEntry
 from pipeline.shards.order import Window, plan_epoch
 from pipeline.shards.reader import BoundaryShards, samples_of
@@ -199,7 +199,7 @@ class _StoredSamples:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return bytes that are free on a device, or in this machine's memory."""
+    """Return bytes that are free on a device, or that this process may take of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return processor.free_memory()

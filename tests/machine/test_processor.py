@@ -9,7 +9,7 @@ import torch
 
 from pipeline.core.provenance import ROOT
 from pipeline.machine.device import cpu_threads, side_by_side
-from pipeline.machine.processor import cores, threads
+from pipeline.machine.processor import cores, free_memory, threads
 from tests.support.files import tiny_params
 
 CPU = torch.device("cpu")
@@ -75,6 +75,33 @@ def test_the_tightest_quota_counts(tmp_path, kind):
     assert found.most == expected
     assert ("CPU quota" in found.reason) == (expected < 8)
     assert threads(tmp_path) == found
+
+
+def limits(folder, limit, used, cache=0, version=2):
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    values = dict(zip(names, (limit, used), strict=True)) | {"memory.stat": f"anon 1\ninactive_file {cache}"}
+    return {f"{folder}{name}": value for name, value in values.items()}
+
+
+LIMITS = {
+    "version 2": (["0::/a"], limits("a/", 9000, 2000), 7000),
+    "version 2, memory that the kernel can take back": (["0::/a"], limits("a/", 9000, 2000, cache=1500), 8500),
+    "version 2, the group around it": (["0::/a/b"], limits("a/b/", "max", 5) | limits("a/", 4000, 1000), 3000),
+    "version 2, full": (["0::/"], limits("", 4000, 4100), 0),
+    "version 1": (["4:memory:/a", "1:cpu:/b"], limits("memory/a/", 9000, 2000, version=1), 7000),
+    "version 1, a container that sees its own group": (["4:memory:/x"], limits("memory/", 900, 200, version=1), 700),
+    "version 1, without": (["4:memory:/a"], limits("memory/a/", 2**63 - 4096, 5, version=1), None),
+    "none": ([], {}, None),
+    "no limit": (["0::/a"], limits("a/", "max", 2000), None),
+    "damaged": (["0::/a"], limits("a/", "much", 2000), None),
+}
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_the_tightest_limit_of_memory_counts(tmp_path, monkeypatch, kind):
+    groups, files, expected = LIMITS[kind]
+    monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 25, "SC_PAGE_SIZE": 4096}.get)
+    assert free_memory(system(tmp_path, groups, files)) == (102400 if expected is None else expected)
 
 
 def test_the_least_of_all_limits_counts(tmp_path, monkeypatch):

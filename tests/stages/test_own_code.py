@@ -258,6 +258,48 @@ def net(channels, classes, image_shape):
     assert not list(tmp_path.rglob("weights.safetensors"))
 
 
+ODD_BUT_SOUND = {
+    "views of maps": """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.maps, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8 * 64, 4)
+
+    def forward(self, x):
+        x = F.relu(self.maps(x))
+        return self.head(x.view(x.size(0), -1))
+""",
+    "tied weights": """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.head(F.relu(self.second(F.relu(self.first(x.flatten(1))))))
+""",
+}
+
+
+@pytest.mark.parametrize("kind", ODD_BUT_SOUND)
+def test_networks_as_people_write_them_go_through_all_stages(tmp_path, monkeypatch, kind):
+    changes = {"teacher.network": "own.odd.net", "students": ["own.odd.net"], "methods": ["bss"], "seeds": 1}
+    make_project(tmp_path, changes | {"teacher.training.learning_rate": 0.02, "training.learning_rate": 0.02})
+    (tmp_path / "data/code").mkdir()
+    (tmp_path / "data/code/odd.py").write_text(
+        "from torch import nn\nfrom torch.nn import functional as F\n\n"
+        f"{ODD_BUT_SOUND[kind]}\n\ndef net(channels, classes, image_shape):\n    return Net()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for stage, *arguments in (["teacher"], ["attack"], ["student", "--all"], ["evaluate"]):
+        result = run_stage(stage, *arguments)
+        assert result.exit_code == 0, result.output
+    weights = load_file(tmp_path / "models/students/own.odd.net-bss/seed-0.safetensors")
+    if kind == "tied weights":
+        assert (weights["first.weight"] == weights["second.weight"]).all()
+
+
 def test_a_loss_without_a_section_is_refused(tmp_path):
     (tmp_path / "losses.py").write_text("class Mine:\n    Parameters = dict\n")
     method = {"source": "shards", "own.losses.Mine": {}}
