@@ -150,15 +150,22 @@ def move_to_(model: Classifier, device: torch.device) -> Classifier:
 
 
 @torch.no_grad()
-def channels_last_(model: Classifier) -> Classifier:
-    """Order the weights of the model itself with channels last, unless its code then fails, as `view` of maps does."""
+def channels_last_(model: Classifier) -> bool:
+    """Order the weights of the model itself with channels last, unless its code then fails, as `view` of maps does.
+
+    Returns:
+        Whether they are in that order.
+    """
     training, images = model.training, torch.zeros(2, *model.architecture.image_shape, device=model.mean.device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
         model.eval()(images)
     except RuntimeError:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return model.train(training)
+        return False
+    finally:
+        model.train(training)
+    return True
 
 
 def architecture_for(network: str, data: Prepared) -> Architecture:

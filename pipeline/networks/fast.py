@@ -29,7 +29,9 @@ def folded(model: Classifier) -> Classifier:
 
     plain = copy.deepcopy(model).eval().requires_grad_(False)
     fast = _if_it_agrees(lambda: fuse(plain.network), plain, 1e-3, "its batch norms are not folded")
-    return channels_last_(fast)
+    if channels_last_(plain):  # which fails in silence; a traced network prints where
+        fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return fast
 
 
 def _if_it_agrees(make: Callable[[], nn.Module], plain: Classifier, tolerance: float, otherwise: str) -> Classifier:

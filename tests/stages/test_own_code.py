@@ -295,6 +295,8 @@ def test_networks_as_people_write_them_go_through_all_stages(tmp_path, monkeypat
     for stage, *arguments in (["teacher"], ["attack"], ["student", "--all"], ["evaluate"]):
         result = run_stage(stage, *arguments)
         assert result.exit_code == 0, result.output
+        assert "RuntimeError" not in result.stderr
+        assert "view size" not in result.stderr
     weights = load_file(tmp_path / "models/students/own.odd.net-bss/seed-0.safetensors")
     if kind == "tied weights":
         assert (weights["first.weight"] == weights["second.weight"]).all()
