@@ -154,12 +154,13 @@ class ExperimentRun:
             TrainingError: runs failed; the others are on record.
         """
         failed: list[str] = []
-        parts = [(variant, draw) for variant in self.variants for draw in range(self.experiment.draws)]
-        runs = [run for part in parts for run in self._wanted(*part)]
+        draws = range(self.experiment.draws)
+        parts = [(self._wanted(variant, draw), variant, draw) for variant in self.variants for draw in draws]
+        runs = [run for wanted, _, _ in parts for run in wanted]
         with tqdm(total=len(runs), desc=self.experiment.title, unit="run", disable=None) as bar:
             bar.update(sum(self._record(run) is not None for run in runs))
-            for variant, draw in parts:
-                failed += self._make_missing(variant, draw, bar.update)
+            for part in parts:
+                failed += self._make_missing(*part, bar.update)
         if failed:
             raise TrainingError(
                 f"{len(failed)} of {len(runs)} runs failed, the others are kept in {self.records.folder}; leave out of "
@@ -220,9 +221,11 @@ class ExperimentRun:
         code = None if self.any_code else run.code
         return self.records.find(run.student, run.method, run.seed, run.wanted, code)
 
-    def _make_missing(self, variant: Variant, draw: int, done: Callable[[], object]) -> list[str]:
+    def _make_missing(
+        self, wanted: list[WantedRun], variant: Variant, draw: int, done: Callable[[], object]
+    ) -> list[str]:
         """Make the runs of one combination and draw that are not on record; returns what failed, and why."""
-        missing = {run.wanted: run for run in self._wanted(variant, draw) if self._record(run) is None}
+        missing = {run.wanted: run for run in wanted if self._record(run) is None}
         if not missing:
             return []
         runs, params, train = list(missing.values()), next(iter(missing.values())).params, self._part(variant, draw)
@@ -235,9 +238,9 @@ class ExperimentRun:
             statuses = next((found for method in methods.values() if (found := statuses_of(method.losses))), ())
             loaded = ShardSource(shards, 0, params.training.batch_size, self.processes.device, statuses, train=train)
         store = Store(self.materials.work / "fits")
-        cells = {(run.student, run.method): (run.labels, run.method) for run in runs}
         students = {
-            cell: replace(StudentRun.of(params, *cell, inputs, self.processes, store), loaded=loaded) for cell in cells
+            cell: replace(StudentRun.of(params, *cell, inputs, self.processes, store), loaded=loaded)
+            for cell in dict.fromkeys((run.student, run.method) for run in runs)
         }
         side = self.evaluation.teacher_side()
         tasks = [partial(self._make_one, run, students[run.student, run.method], side, cost) for run in runs]
