@@ -20,7 +20,7 @@ from pipeline.machine.processes import Processes
 from pipeline.networks.loading import try_out
 from pipeline.student.inputs import InputPaths
 from pipeline.student.run import StudentRun
-from pipeline.student.worker import SeedRun, fit_on_workers
+from pipeline.student.worker import GroupRun, fit_on_workers
 from pipeline.training.fit import curve_csv
 from stages.cli import (
     EXIT_CODES,
@@ -105,9 +105,9 @@ def main(
             try_out(architecture)
         if scheduler is not None and any(unfinished):
             tasks = [
-                SeedRun(*each, seed, run.key(seed))
+                GroupRun(*each, tuple(group), run.key(group[0]))
                 for each, run, seeds in zip(chosen, runs, unfinished, strict=True)
-                for seed in seeds
+                for group in run.groups(seeds)
             ]
             client = stack.enter_context(connected(scheduler, params.runtime, say))
             with tqdm(total=len(tasks), desc="students", unit="run", disable=None) as bar:

@@ -250,10 +250,10 @@ def test_training_goes_on_from_a_checkpoint_of_the_device(folder, tmp_path, monk
     monkeypatch.setattr(fit, "CHECKPOINT_SECONDS", 0)
     train_epoch = fit.TrainingRun.train_epoch
 
-    def stopping(run, source, epoch, moment):
+    def stopping(run, source, epoch, moment, seeds):
         if epoch == 2:
             raise KeyboardInterrupt
-        return train_epoch(run, source, epoch, moment)
+        return train_epoch(run, source, epoch, moment, seeds)
 
     def run_on(device, store):
         return student_run(folder, tmp_path / store, "bss", device, targets=2, epochs=4)

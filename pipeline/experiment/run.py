@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -27,15 +26,13 @@ from pipeline.experiment.records import RunRecord, RunRecords, measures_of
 from pipeline.experiment.results import Cell, Cost, Labels, Results, Run
 from pipeline.experiment.spec import Experiment, Variant, check_comparisons, labels_of, variants
 from pipeline.images.prepared import Prepared
-from pipeline.machine.device import cpu_threads, side_by_side
-from pipeline.machine.forks import SlotTask, run_in_forks
 from pipeline.machine.processes import Processes
 from pipeline.machine.processor import processor
 from pipeline.networks.loading import Loaded, load_with_digest
 from pipeline.prepare.splits import part_by_class
 from pipeline.shards.reader import BoundaryShards
 from pipeline.student.inputs import StudentInputs
-from pipeline.student.run import StudentRun, fit_code, threads_each
+from pipeline.student.run import StudentRun, fit_code, fit_side_by_side
 from pipeline.student.shard_source import ShardSource
 from pipeline.training.term import statuses_of
 
@@ -153,18 +150,18 @@ class ExperimentRun:
         Raises:
             TrainingError: runs failed; the others are on record.
         """
-        failed: list[str] = []
+        failed: dict[str, int] = {}
         draws = range(self.experiment.draws)
         parts = [(self._wanted(variant, draw), variant, draw) for variant in self.variants for draw in draws]
         runs = [run for wanted, _, _ in parts for run in wanted]
         with tqdm(total=len(runs), desc=self.experiment.title, unit="run", disable=None) as bar:
             bar.update(sum(self._record(run) is not None for run in runs))
             for part in parts:
-                failed += self._make_missing(*part, bar.update)
+                failed |= self._make_missing(*part, bar.update)
         if failed:
             raise TrainingError(
-                f"{len(failed)} of {len(runs)} runs failed, the others are kept in {self.records.folder}; leave out of "
-                f"the experiment: {'; '.join(failed[:NAMED])}{'; ...' if len(failed) > NAMED else ''}"
+                f"{sum(failed.values())} of {len(runs)} runs failed, the others are kept in {self.records.folder}; leave "
+                f"out of the experiment: {'; '.join(list(failed)[:NAMED])}{'; ...' if len(failed) > NAMED else ''}"
             )
         return self._gathered(runs)
 
@@ -222,12 +219,16 @@ class ExperimentRun:
         return self.records.find(run.student, run.method, run.seed, run.wanted, code)
 
     def _make_missing(
-        self, wanted: list[WantedRun], variant: Variant, draw: int, done: Callable[[], object]
-    ) -> list[str]:
-        """Make the runs of one combination and draw that are not on record; returns what failed, and why."""
+        self, wanted: list[WantedRun], variant: Variant, draw: int, done: Callable[[int], object]
+    ) -> dict[str, int]:
+        """Make the runs of one combination and draw that are not on record.
+
+        Returns:
+            What failed and why, and how many runs each time.
+        """
         missing = {run.wanted: run for run in wanted if self._record(run) is None}
         if not missing:
-            return []
+            return {}
         runs, params, train = list(missing.values()), next(iter(missing.values())).params, self._part(variant, draw)
         inputs, cost = StudentInputs(train, self.materials.validation, None, self.materials.teacher), None
         methods = {run.method: params.method[run.method] for run in runs}
@@ -243,61 +244,60 @@ class ExperimentRun:
             for cell in dict.fromkeys((run.student, run.method) for run in runs)
         }
         side = self.evaluation.teacher_side()
-        tasks = [partial(self._make_one, run, students[run.student, run.method], side, cost) for run in runs]
-        failed: list[str] = []
+        groups = [
+            (student, seeds, [run for run in of_cell if run.seed in seeds])
+            for cell, student in students.items()
+            for of_cell in [[run for run in runs if (run.student, run.method) == cell]]
+            for seeds in student.groups(run.seed for run in of_cell)
+        ]
+        failed: dict[str, int] = {}
 
         def note(number: int, error: PipelineError) -> None:
-            failed.append(f"{runs[number].place}{error}")
-            self.say(f"error: {failed[-1]}; the other runs go on")
+            of_group = groups[number][2]
+            message = f"{of_group[0].place}{error}"
+            failed[message] = len(of_group)
+            self.say(f"error: {message}; the other runs go on")
 
         with ExitStack() as stack:
             for student in students.values():
                 stack.enter_context(lock(self.materials.work / f"student-{student.name}.lock", self.say))
-            workers = side_by_side(params.runtime, self.processes.device)
-            for _ in self._each(tasks, workers, note):
-                done()
+            tasks = [partial(self._make_group, *group, side, cost) for group in groups]
+            for number in fit_side_by_side(tasks, params.runtime, self.processes, note):
+                done(len(groups[number][2]))
         return failed
 
-    def _each(
-        self, tasks: Sequence[SlotTask], workers: int, failed: Callable[[int, PipelineError], None]
-    ) -> Iterator[int]:
-        """Run tasks, on a CPU side by side; yields the number of each when it has ended."""
-        if workers > 1:
-            self.processes.start()  # what it imports is imported here, once for all forks
-            torch.set_num_threads(1)  # OpenMP's threads do not live on in a fork, which would wait for them for ever
-            try:
-                yield from run_in_forks(tasks, workers, failed)
-            finally:
-                torch.set_num_threads(cpu_threads(self.params.runtime))
-            return
-        for number, task in enumerate(tasks):
-            try:
-                task(0)
-            except TrainingError as error:
-                failed(number, error)
-            yield number
-
-    def _make_one(self, run: WantedRun, student: StudentRun, side: TeacherSide, cost: Cost | None, slot: int) -> None:
-        """Train and compare one student, and put it on record."""
+    def _make_group(
+        self,
+        student: StudentRun,
+        seeds: Sequence[int],
+        runs: Sequence[WantedRun],
+        side: TeacherSide,
+        cost: Cost | None,
+        slot: int,
+    ) -> None:
+        """Train and compare the students of a group, and put on record those that are wanted."""
         begin = time.perf_counter()
-        torch.set_num_threads(threads_each(run.params.runtime, self.processes.device))
-        fit = student.fit(run.seed, slot + 1)
-        measures = measures_of(self.evaluation.compare_one(side, fit.weights))
-        self.records.write(
-            RunRecord(
-                student=run.student,
-                method=run.method,
-                seed=run.seed,
-                wanted=run.wanted,
-                reads=run.reads,
-                code=run.code,
-                processor=processor(),
-                seconds=round(time.perf_counter() - begin, 1),
-                validation=fit.curve[-1].get("validation_accuracy"),
-                cost=cost if statuses_of(student.method.losses) else None,
-                **measures,
+        student.fit_group(seeds, slot + 1)
+        training = (time.perf_counter() - begin) / len(seeds)
+        for run in runs:
+            begin = time.perf_counter()
+            fit = student.fit(run.seed, None)  # which is finished
+            measures = measures_of(self.evaluation.compare_one(side, fit.weights))
+            self.records.write(
+                RunRecord(
+                    student=run.student,
+                    method=run.method,
+                    seed=run.seed,
+                    wanted=run.wanted,
+                    reads=run.reads,
+                    code=run.code,
+                    processor=processor(),
+                    seconds=round(training + time.perf_counter() - begin, 1),
+                    validation=fit.curve[-1].get("validation_accuracy"),
+                    cost=cost if statuses_of(student.method.losses) else None,
+                    **measures,
+                )
             )
-        )
 
     def _samples(self, params: Params, train: Prepared) -> tuple[BoundaryShards, Cost]:
         """Return the sample dataset of some parameters, which the next one replaces, and what it took."""

@@ -35,6 +35,8 @@ class BssTerm(Term):
         moves_statistics: bool = Field(description="the samples move batch norm's running statistics")
         converged_only: bool = Field(description="leave out samples that are not on the boundary")
 
+    takes_stacks = True
+
     def __init__(self, parameters: Parameters, shapes: FeatureShapes) -> None:
         super().__init__(parameters, shapes)
         self.given = parameters
@@ -49,7 +51,7 @@ class BssTerm(Term):
     def forward(self, step: Step) -> Tensor:
         beta = boundary_weight(step.progress, self.given.start, self.given.zero_at)
         if beta == 0:
-            return step.logits.new_zeros(())
+            return step.logits.new_zeros(step.logits.shape[:-2])
         return beta * self.loss.of_batch(step.student, step.logits, step.boundary_batch)
 
 
@@ -107,11 +109,11 @@ class BoundaryLoss(nn.Module):
 
     def of_batch(self, student: nn.Module, logits: Tensor, batch: BoundaryBatch) -> Tensor:
         """Return the loss of a batch of the pipeline's own sources."""
-        rows = len(batch.labels)
+        rows = batch.labels.shape[-1]
         count = max(1, int(self.fraction * rows))
         chosen = select_base_samples(logits.detach(), batch.teacher_logits, batch.labels, batch.usable, count)
         if count == 1 and rows > 1:  # batch norm cannot train on one sample alone: a filler comes along
-            chosen = Selection(torch.cat([chosen.rows, (chosen.rows + 1) % rows]), F.pad(chosen.weights, (0, 1)))
+            chosen = Selection(torch.cat([chosen.rows, (chosen.rows + 1) % rows], -1), F.pad(chosen.weights, (0, 1)))
         found = batch.boundary.samples_of(chosen.rows)
         with nullcontext() if self.moves_statistics else running_statistics_kept(student):
             losses = softened_cross_entropy(student(found.samples), found.teacher_logits, self.temperature)
@@ -143,9 +145,9 @@ class Selection(NamedTuple):
     """Rows of a batch chosen for the boundary loss: a fixed count, where fillers have weight 0."""
 
     rows: Tensor
-    """(M,) int64, distinct rows of the batch."""
+    """(..., M) int64, distinct rows of the batch."""
     weights: Tensor
-    """(M,) float32, 1 for a chosen row, 0 for a filler."""
+    """(..., M) float32, 1 for a chosen row, 0 for a filler."""
 
 
 def select_base_samples(
@@ -158,10 +160,10 @@ def select_base_samples(
     waits for the device.
 
     Args:
-        student_logits: (N, classes), current.
-        teacher_logits: (N, classes).
-        labels: (N,) int64.
-        usable: (N,) bool, samples that have a boundary-supporting sample.
+        student_logits: (..., N, classes), current.
+        teacher_logits: (..., N, classes).
+        labels: (..., N) int64.
+        usable: (..., N) bool, samples that have a boundary-supporting sample.
         count: M, at most N.
 
     Example:
@@ -170,17 +172,17 @@ def select_base_samples(
         >>> select_base_samples(student, teacher, labels, usable, count=2).rows  # the student misclassifies row 2
         tensor([1, 0])
     """
-    student, teacher = F.softmax(student_logits, 1), F.softmax(teacher_logits, 1)
+    student, teacher = F.softmax(student_logits, -1), F.softmax(teacher_logits, -1)
     difference = (student - teacher).square()
-    score = difference.sum(1) - difference.gather(1, labels[:, None]).squeeze(1)
-    candidate = (student_logits.argmax(1) == labels) & (teacher_logits.argmax(1) == labels) & usable
+    score = difference.sum(-1) - difference.gather(-1, labels[..., None]).squeeze(-1)
+    candidate = (student_logits.argmax(-1) == labels) & (teacher_logits.argmax(-1) == labels) & usable
     top = torch.where(candidate, score, -1.0).topk(count)
     return Selection(top.indices, (top.values >= 0).to(student_logits.dtype))
 
 
 def mean_over_selected(losses: Tensor, weights: Tensor) -> Tensor:
-    """Return the mean of per-sample losses over rows of weight 1; 0 when none is chosen."""
-    return torch.where(weights > 0, losses * weights, 0).sum() / weights.sum().clamp(min=1)
+    """Return the mean (...) of losses (..., M) over rows of weight 1; 0 where none is chosen."""
+    return torch.where(weights > 0, losses * weights, 0).sum(-1) / weights.sum(-1).clamp(min=1)
 
 
 def boundary_weight(progress: float, start: float, zero_at: float) -> float:

@@ -20,13 +20,15 @@ class HintonTerm(Term):
         start: NotNegative = Field(description="weight at the start of training")
         end: NotNegative = Field(description="weight at the end, linear in between")
 
+    takes_stacks = True
+
     def __init__(self, parameters: Parameters, shapes: FeatureShapes) -> None:
         super().__init__(parameters, shapes)
         self.given = parameters
 
     def forward(self, step: Step) -> Tensor:
         losses = softened_cross_entropy(step.logits, step.teacher_batch.teacher_logits, self.given.temperature)
-        return hinton_weight(step.progress, self.given.start, self.given.end) * losses.mean()
+        return hinton_weight(step.progress, self.given.start, self.given.end) * losses.mean(-1)
 
 
 def softened_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -36,20 +38,20 @@ def softened_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, tempe
     code of Heo et al. (2019).
 
     Args:
-        student_logits: (N, classes).
-        teacher_logits: (N, classes).
+        student_logits: (..., classes).
+        teacher_logits: (..., classes).
         temperature: T, above 0.
 
     Returns:
-        (N,), at least the entropy of the softened teacher.
+        (...), at least the entropy of the softened teacher.
 
     Example:
         >>> import torch
         >>> softened_cross_entropy(torch.zeros(1, 4), torch.zeros(1, 4), temperature=3.0)
         tensor([1.3863])
     """
-    target = F.softmax(teacher_logits / temperature, dim=1)
-    return -(target * F.log_softmax(student_logits / temperature, dim=1)).sum(1)
+    target = F.softmax(teacher_logits / temperature, dim=-1)
+    return -(target * F.log_softmax(student_logits / temperature, dim=-1)).sum(-1)
 
 
 def hinton_weight(progress: float, start: float, end: float) -> float:

@@ -18,13 +18,15 @@ class KdTerm(Term):
         temperature: Positive
         weight: NotNegative
 
+    takes_stacks = True
+
     def __init__(self, parameters: Parameters, shapes: FeatureShapes) -> None:
         super().__init__(parameters, shapes)
         self.given = parameters
 
     def forward(self, step: Step) -> Tensor:
         losses = softened_divergence(step.logits, step.teacher_batch.teacher_logits, self.given.temperature)
-        return self.given.weight * losses.mean()
+        return self.given.weight * losses.mean(-1)
 
 
 def softened_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -33,18 +35,18 @@ def softened_divergence(student_logits: Tensor, teacher_logits: Tensor, temperat
     The factor keeps the size of the gradients at any temperature (Hinton et al., 2015).
 
     Args:
-        student_logits: (N, classes).
-        teacher_logits: (N, classes).
+        student_logits: (..., classes).
+        teacher_logits: (..., classes).
         temperature: T, above 0.
 
     Returns:
-        (N,), in nats times T^2, at least 0.
+        (...), in nats times T^2, at least 0.
 
     Example:
         >>> import torch
         >>> softened_divergence(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]), temperature=2.0)
         tensor([0.4438])
     """
-    student = F.log_softmax(student_logits / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+    student = F.log_softmax(student_logits / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)

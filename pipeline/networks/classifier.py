@@ -74,8 +74,12 @@ def build(architecture: Architecture) -> Classifier:
     return _checked(Classifier(network, architecture, 3 if name.startswith("torchvision.") else None))
 
 
-def bare_network(architecture: Architecture) -> nn.Module:
+def bare_network(architecture: Architecture, members: int = 1) -> nn.Module:
     """Build the network of an architecture alone: no normalisation, and not tried on an image.
+
+    Args:
+        architecture: whose network.
+        members: of a perceptron or a ResNet of this project, so many computed as one.
 
     Raises:
         WeightsError: no network has that name, or it cannot be built so.
@@ -106,8 +110,8 @@ def bare_network(architecture: Architecture) -> nn.Module:
             raise WeightsError(f"network '{name}': {one_line(error)}") from None
         return network
     if layers := mlp_size(name):
-        return Mlp(*layers, prod(architecture.image_shape), classes)
-    return ResNet(*resnet_size(name), channels, classes)
+        return Mlp(*layers, prod(architecture.image_shape), classes, members)
+    return ResNet(*resnet_size(name), channels, classes, members)
 
 
 def _from_torchvision(name: str, classes: int) -> nn.Module:

@@ -33,6 +33,26 @@ def accuracy(model: nn.Module, data: Prepared, device: torch.device) -> float:
     return accuracy_of(predict(model, data.images, device).cpu(), torch.from_numpy(data.labels))
 
 
+def accuracies(model: nn.Module, members: int, data: Prepared, device: torch.device) -> list[float]:
+    """Return what fraction of a split each member of a `Stack`, or a single network, classifies correctly."""
+    if members == 1:
+        return [accuracy(model, data, device)]
+    logits = predict(_OfAllMembers(model, members), data.images, device).transpose(0, 1)
+    return [accuracy_of(each, torch.from_numpy(data.labels)) for each in logits.cpu()]
+
+
+class _OfAllMembers(nn.Module):
+    """A stack that is shown the same images (N, C, H, W) for each of its S members: logits (N, S, classes)."""
+
+    def __init__(self, stack: nn.Module, members: int) -> None:
+        super().__init__()
+        self.stack, self.members = stack, members
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.stack(images.expand(self.members, *images.shape))
+        return logits.transpose(0, 1)
+
+
 def accuracy_of(logits: Tensor, labels: Tensor) -> float:
     """Return the fraction of logits (N, classes) whose top class is the label (N,)."""
     return float((logits.argmax(1) == labels).double().mean())

@@ -13,7 +13,7 @@ from pipeline.core.status import Status
 from pipeline.images.views import Stream, uniforms
 from pipeline.search.targets import draw_targets
 from pipeline.search.teacher_search import TeacherSearch
-from pipeline.training.batches import BoundaryBatch, BoundarySamples, FreshSource, TeacherBatch, is_any_of
+from pipeline.training.batches import BoundaryBatch, BoundarySamples, FreshSource, TeacherBatch, batches_of, is_any_of
 
 
 class OnlineSource:
@@ -32,7 +32,9 @@ class OnlineSource:
     def epoch(self, epoch: int) -> Iterator[TeacherBatch]:
         classes = self.search.teacher.architecture.classes
         noise = uniforms(self.fresh.seed, Stream.FRESH_TARGETS, epoch, 0, self.rows, classes)
-        for step, (index, batch) in enumerate(self.fresh.indexed(epoch)):
+        drawn = self.fresh.drawn(self.fresh.seed, epoch)
+        parts = batches_of(self.rows, self.fresh.batch_size)
+        for step, (part, batch) in enumerate(zip(parts, self.fresh.batches(drawn), strict=True)):
             known = TeacherBatch(
                 images=batch.images, labels=batch.labels, teacher_logits=self.search.teacher(batch.images)
             )
@@ -41,7 +43,7 @@ class OnlineSource:
                 labels=known.labels,
                 teacher_logits=known.teacher_logits,
                 usable=torch.ones_like(known.labels, dtype=torch.bool),
-                boundary=_SearchedSamples(self, known, noise[index], (self.fresh.seed, epoch, step)),
+                boundary=_SearchedSamples(self, known, noise[drawn.order[part]], (self.fresh.seed, epoch, step)),
             )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline.core.errors import DataError, ParameterError, PipelineError, TrainingError, known_problem, shown
-from pipeline.core.extensions import is_own, own_modules
+from pipeline.core.extensions import find_loss, is_own, own_modules
 from pipeline.core.files import file_digest
 from pipeline.core.parameters import Method, Params, Runtime
 from pipeline.core.provenance import code_digest, fingerprint
@@ -23,15 +25,16 @@ from pipeline.machine.processes import Processes
 from pipeline.networks.classifier import Architecture, Classifier, architecture_for, build
 from pipeline.networks.fast import frozen
 from pipeline.networks.loading import Loaded, load_with_digest
+from pipeline.networks.stack import MEMBERS, stacks_well
 from pipeline.networks.weights import load_weights
 from pipeline.search.table import module_of, search_of
 from pipeline.shards.manifest import manifest_digest
 from pipeline.shards.reader import BoundaryShards
 from pipeline.student.inputs import StudentInputs
 from pipeline.student.online_source import OnlineSource
-from pipeline.student.shard_source import ShardSource
-from pipeline.training.batches import FreshSource, Source, batches_of
-from pipeline.training.fit import Fit, FitTask, find_fit, fit, processes_of
+from pipeline.student.shard_source import ShardSource, StackedShardSource
+from pipeline.training.batches import FreshSource, Source, StackedFreshSource, batches_of
+from pipeline.training.fit import Fit, FitTask, find_fit, fit, fit_stack, processes_of
 from pipeline.training.objective import Objective
 from pipeline.training.term import statuses_of
 
@@ -178,7 +181,23 @@ class StudentRun:
         Raises:
             TrainingError: training cannot go on; it names student, method and seed.
         """
-        task = FitTask(
+        with _named(f"{self.name} seed {seed}"):
+            return fit(self._task(seed, f"{self.name} seed {seed}"), self.processes, self.store, bar_position)
+
+    def fit_group(self, seeds: Sequence[int], bar_position: int | None = 0) -> None:
+        """Train with the seeds of a group: as one if there are several, and the shards are at hand."""
+        stacked = len(seeds) > 1 and (self.method.source != "shards" or self._shards.is_resident)
+        if not stacked:
+            for seed in seeds:
+                self.fit(seed, bar_position)
+            return
+        name = f"{self.name} seeds {seeds[0]} to {seeds[-1]}"
+        with _named(name):
+            tasks = [self._task(seed, name) for seed in seeds]
+            fit_stack(tasks, partial(self._stacked_source, seeds), self.processes, self.store, bar_position)
+
+    def _task(self, seed: int, description: str) -> FitTask:
+        return FitTask(
             key=self.key(seed),
             architecture=self.architecture,
             source=partial(self._source, seed),
@@ -186,16 +205,8 @@ class StudentRun:
             training=self.params.training,
             seed=seed,
             validation=self.inputs.validation,
-            description=f"{self.name} seed {seed}",
+            description=description,
         )
-        try:
-            return fit(task, self.processes, self.store, bar_position)
-        except PipelineError as error:
-            raise TrainingError(f"{task.description}: {error}") from error
-        except Exception as error:
-            known, line = known_problem(error), f"{type(error).__name__}: {one_line(error)}"
-            reason = f"{known} ({line})" if known else f"{line} (--debug shows where)"
-            raise TrainingError(f"{task.description}: {reason}") from error
 
     def key(self, seed: int) -> str:
         """Return the fingerprint of the run with a seed."""
@@ -205,38 +216,58 @@ class StudentRun:
         """Return the seeds without a finished run."""
         return [seed for seed in range(self.params.seeds) if find_fit(self.store, self.key(seed)) is None]
 
+    def groups(self, seeds: Iterable[int]) -> list[list[int]]:
+        """Return the seeds in groups that are trained together, each seed always with the same ones.
+
+        Small networks on a CPU are trained in stacks of one size, so that a seed's rounding does not depend on how many
+        there are; seeds that nobody asked for fill a stack up, and are there when somebody does.
+        """
+        if not self._stacks():
+            return [[seed] for seed in seeds]
+        starts = dict.fromkeys(seed // MEMBERS * MEMBERS for seed in seeds)
+        return [list(range(start, start + MEMBERS)) for start in starts]
+
+    def _stacks(self) -> bool:
+        return (
+            self.processes.device.type == "cpu"
+            and not self.processes.several
+            and self.method.source != "online"
+            and all(find_loss(name).takes_stacks for name in self.method.losses)
+            and stacks_well(self.architecture)
+        )
+
     def fit_all(self) -> list[Fit]:
         """Train with all seeds, or find the finished runs; on a CPU side by side, in forks of this process."""
-        runtime, unfinished = self.params.runtime, self.unfinished()
-        workers = side_by_side(runtime, self.processes.device)
-        if not self.processes.several and workers > 1 and unfinished:
-            self.processes.start()  # what it imports is imported here, once for all forks
-            torch.set_num_threads(1)  # OpenMP's threads do not live on in a fork, which would wait for them for ever
-            if self.method.source == "shards":
-                self._shards  # noqa: B018 (loaded here, the pages are shared by all workers)
-            try:
-                for _ in run_in_forks([partial(self._fit_in_fork, seed) for seed in unfinished], workers):
-                    pass
-            finally:
-                torch.set_num_threads(cpu_threads(runtime))
+        unfinished = self.unfinished()
+        groups = self.groups(unfinished)
+        if self.method.source == "shards" and groups and not self.processes.several:
+            self._shards  # noqa: B018 (loaded here, the pages are shared by all forks)
+        for _ in fit_side_by_side(
+            [partial(self.fit_group, group) for group in groups], self.params.runtime, self.processes
+        ):
+            pass
         fits = [self.fit(seed) for seed in range(self.params.seeds)]
         self.__dict__.pop("_shards", None)  # others may need the memory
         return [fit._replace(reused=seed not in unfinished) for seed, fit in enumerate(fits)]
 
-    def _fit_in_fork(self, seed: int, slot: int) -> None:
-        torch.set_num_threads(threads_each(self.params.runtime, self.processes.device))
-        self.fit(seed, slot)
-
     def _source(self, seed: int) -> Source:
-        batch_size, device = self.params.training.batch_size, self.processes.device
         if self.method.source == "shards":
             return self._shards.for_fit(seed, statuses_of(self.method.losses))
-        train = _needed(self.inputs.train, self.name, self.method, "prepared training data")
-        fresh = FreshSource(train, self.params.views, seed, batch_size, device)
+        fresh, device = self._fresh(seed), self.processes.device
         if self.teacher is None:
             return fresh
         search = search_of(self.teacher.model, self.params.search, search_batch(self.params.runtime, device), device)
         return OnlineSource(fresh, search, statuses_of(self.method.losses))
+
+    def _stacked_source(self, seeds: Sequence[int]) -> Source:
+        if self.method.source == "shards":
+            shards = self._shards.for_fit(seeds[0], statuses_of(self.method.losses))
+            return StackedShardSource(shards, seeds)
+        return StackedFreshSource(self._fresh(seeds[0]), seeds)
+
+    def _fresh(self, seed: int) -> FreshSource:
+        train = _needed(self.inputs.train, self.name, self.method, "prepared training data")
+        return FreshSource(train, self.params.views, seed, self.params.training.batch_size, self.processes.device)
 
     @cached_property
     def _shards(self) -> ShardSource:
@@ -342,6 +373,57 @@ def _check_order(name: str, validation: Prepared, shards: BoundaryShards) -> Non
             f"class {place} is '{shown(theirs[place])}' there, '{shown(ours[place])}' here: prepare the dataset that "
             "they are of"
         )
+
+
+@contextmanager
+def _named(description: str) -> Iterator[None]:
+    """Let whatever goes wrong in training be a TrainingError that names it."""
+    try:
+        yield
+    except PipelineError as error:
+        raise TrainingError(f"{description}: {error}") from error
+    except Exception as error:
+        known, line = known_problem(error), f"{type(error).__name__}: {one_line(error)}"
+        reason = f"{known} ({line})" if known else f"{line} (--debug shows where)"
+        raise TrainingError(f"{description}: {reason}") from error
+
+
+def fit_side_by_side(
+    tasks: Sequence[Callable[[int], object]],
+    runtime: Runtime,
+    processes: Processes,
+    failed: Callable[[int, PipelineError], None] | None = None,
+) -> Iterator[int]:
+    """Run tasks that train, on a CPU side by side in forks; yields the number of each when it has ended.
+
+    Args:
+        tasks: each is called with the number of lines down at which a progress bar may be drawn.
+        runtime: the machine.
+        processes: where to train.
+        failed: where given, is told the number and the error of a task that failed, and the others go on.
+    """
+    workers = side_by_side(runtime, processes.device)
+    if workers == 1 or processes.several or not tasks:
+        for number, task in enumerate(tasks):
+            try:
+                task(0)
+            except TrainingError as error:
+                if failed is None:
+                    raise
+                failed(number, error)
+            yield number
+        return
+    processes.start()  # what it imports is imported here, once for all forks
+    torch.set_num_threads(1)  # OpenMP's threads do not live on in a fork, which would wait for them for ever
+    try:
+        yield from run_in_forks([partial(_in_fork, task, runtime, processes.device) for task in tasks], workers, failed)
+    finally:
+        torch.set_num_threads(cpu_threads(runtime))
+
+
+def _in_fork(task: Callable[[int], object], runtime: Runtime, device: torch.device, slot: int) -> None:
+    torch.set_num_threads(threads_each(runtime, device))
+    task(slot)
 
 
 def threads_each(runtime: Runtime, device: torch.device) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -78,11 +78,21 @@ class ShardSource:
         other.seed, other.statuses = seed, statuses
         return other
 
+    @property
+    def is_resident(self) -> bool:
+        """All shards are on the device."""
+        return self._resident is not None
+
+    def resident_batch(self, rows: Tensor, noise: Tensor) -> TeacherBatch:
+        """Return rows (..., N) of all that are resident as a batch, chosen among their samples by `noise`."""
+        assert self._resident is not None
+        return self._batch(self._resident, rows, noise)
+
     def epoch(self, epoch: int) -> Iterator[TeacherBatch]:
-        noise = self._noise(epoch)
+        noise = self.noise(epoch)
         rest: dict[str, Tensor] = {}
         waiting = torch.empty(0, dtype=torch.int64, device=self.device)
-        for columns, rows, last in self._windows(plan_epoch(self.shards.manifest, self.seed, epoch)):
+        for columns, rows, last in self._windows(epoch):
             if self._resident is None and rest:  # rows left over from the last window come first
                 columns = {name: torch.cat([rest[name], columns[name]]) for name in columns}
                 rows = rows + len(waiting)
@@ -98,15 +108,15 @@ class ShardSource:
             if self._resident is None:
                 rest = {name: column[waiting] for name, column in columns.items()}
 
-    def _windows(self, windows: list[Window]) -> Iterator[tuple[dict[str, Tensor], Tensor, bool]]:
+    def _windows(self, epoch: int) -> Iterator[tuple[dict[str, Tensor], Tensor, bool]]:
         """Yield columns of each window, on the device, the order of the rows to take from them, and if it is the last.
 
         What is resident is one window: the order of an epoch goes to the device at once.
         """
         if self._resident is not None:
-            order = np.concatenate([self._places(window) for window in windows])
-            yield self._resident, torch.from_numpy(order).to(self.device), True
+            yield self._resident, torch.from_numpy(self.order(epoch)).to(self.device), True
             return
+        windows = plan_epoch(self.shards.manifest, self.seed, epoch)
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, windows[0].shards)
             for number, window in enumerate(windows):
@@ -116,11 +126,16 @@ class ShardSource:
                 on_device = {name: column.to(self.device, non_blocking=True) for name, column in columns.items()}
                 yield on_device, torch.from_numpy(window.order).to(self.device), number == len(windows) - 1
 
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Return the rows of an epoch among all that are resident, in its order."""
+        windows = plan_epoch(self.shards.manifest, self.seed, epoch)
+        return np.concatenate([self._places(window) for window in windows])
+
     def _places(self, window: Window) -> NDArray[np.int64]:
         """Return the rows of a window among all that are resident, in its order."""
         return np.concatenate([np.arange(each.rows) + self._starts[each.name] for each in window.shards])[window.order]
 
-    def _noise(self, epoch: int) -> Tensor:
+    def noise(self, epoch: int) -> Tensor:
         """Return random numbers (rows, targets) of an epoch, by which one of several usable samples is taken.
 
         With one target class there is nothing to choose, and the numbers are not drawn.
@@ -138,13 +153,13 @@ class ShardSource:
             return TeacherBatch(images=images, labels=labels, teacher_logits=logits)
         usable = is_any_of(columns["status"][rows], self.statuses)
         # With several targets, one of the usable ones is taken, at random.
-        choice = torch.where(usable, noise, -1.0).argmax(1)
+        choice = torch.where(usable, noise, -1.0).argmax(-1)
         return BoundaryBatch(
             images=images,
             labels=labels,
             teacher_logits=logits,
-            usable=usable.any(1),
-            boundary=_StoredSamples(columns, rows, usable.any(1), choice),
+            usable=usable.any(-1),
+            boundary=_StoredSamples(columns, rows, usable.any(-1), choice),
         )
 
     def _read(self, shards: list[ShardEntry]) -> dict[str, Tensor]:
@@ -183,6 +198,26 @@ class ShardSource:
             raise ShardError(f"{self.shards.directory}: the shards were made from other training data")
 
 
+class StackedShardSource:
+    """The same shards, resident, in the orders of several seeds: the batches of a stack.
+
+    Args:
+        shards: loaded, and resident.
+        seeds: of order and choice of views of each member.
+    """
+
+    def __init__(self, shards: ShardSource, seeds: Sequence[int]) -> None:
+        self.rows, self.shards = shards.rows, shards
+        self.members = [shards.for_fit(seed, shards.statuses) for seed in seeds]
+
+    def epoch(self, epoch: int) -> Iterator[TeacherBatch]:
+        orders = np.stack([member.order(epoch) for member in self.members])
+        order = torch.from_numpy(orders).to(self.shards.device)
+        noise = torch.stack([member.noise(epoch) for member in self.members])
+        for batch in batches_of(self.rows, self.shards.batch_size):
+            yield self.shards.resident_batch(order[:, batch], noise[:, batch])
+
+
 class _StoredSamples:
     """The boundary-supporting samples of the rows of a batch, put together from columns when they are needed."""
 
@@ -190,10 +225,11 @@ class _StoredSamples:
         self.columns, self.rows, self.usable, self.choice = columns, rows, usable, choice
 
     def samples_of(self, rows: Tensor) -> BoundarySamples:
-        columns, at, usable = self.columns, (self.rows[rows], self.choice[rows]), self.usable[rows]
+        columns = self.columns
+        at, usable = (self.rows.gather(-1, rows), self.choice.gather(-1, rows)), self.usable.gather(-1, rows)
         # Fillers go through the network too: with their image and its logits, which are finite.
         scale = torch.where(usable, columns["delta_scale"][at], 0)
-        logits = torch.where(usable[:, None], columns["boundary_logits"][at], columns["teacher_logits"][at[0]])
+        logits = torch.where(usable[..., None], columns["boundary_logits"][at], columns["teacher_logits"][at[0]])
         samples = samples_of(columns["image"][at[0]], columns["delta"][at], scale)
         return BoundarySamples(samples=samples, teacher_logits=logits, usable=usable)
 

@@ -35,14 +35,14 @@ class FitJob(NamedTuple):
     """Of the CPU, for each run: as many as a run has on the client."""
 
 
-class SeedRun(NamedTuple):
-    """One run."""
+class GroupRun(NamedTuple):
+    """The runs of a group of seeds."""
 
     student: str
     method: str
-    seed: int
+    seeds: tuple[int, ...]
     key: str
-    """Its fingerprint, as the client sees it."""
+    """Fingerprint of the first one, as the client sees it."""
 
 
 def fit_on_workers(
@@ -50,10 +50,10 @@ def fit_on_workers(
     params: Params,
     inputs: InputPaths,
     store: Store,
-    runs: list[SeedRun],
+    runs: list[GroupRun],
     say: Callable[[str], None],
     failed: Callable[[str, TrainingError], None],
-) -> Iterator[SeedRun]:
+) -> Iterator[GroupRun]:
     """Train with workers until every run is finished in the store: each as in a process of its own, in any order.
 
     `failed` is told the name STUDENT-METHOD and the error of a run that cannot be trained.
@@ -65,14 +65,14 @@ def fit_on_workers(
         threads_each(params.runtime, set_up_device(params.runtime)),
     )
 
-    def tell(run: SeedRun, error: TrainingError) -> None:
+    def tell(run: GroupRun, error: TrainingError) -> None:
         failed(f"{run.student}-{run.method}", error)
 
     yield from on_workers(client, partial(fit_one, job), runs, say, tell)
 
 
-def fit_one(job: FitJob, wanted: SeedRun) -> SeedRun:
-    """Train one student with one seed, on a worker.
+def fit_one(job: FitJob, wanted: GroupRun) -> GroupRun:
+    """Train one student with the seeds of a group, on a worker.
 
     Raises:
         WorkerError: the worker has other files or other code than the client.
@@ -80,15 +80,15 @@ def fit_one(job: FitJob, wanted: SeedRun) -> SeedRun:
     torch.set_num_threads(job.threads)
     _params(job)  # whose modules of the user are those that names mean: a worker may serve several projects
     if (
-        _run(job, wanted.student, wanted.method).key(wanted.seed) != wanted.key
+        _run(job, wanted.student, wanted.method).key(wanted.seeds[0]) != wanted.key
     ):  # what it has read may be of an earlier run
         _run.cache_clear()
         _inputs.cache_clear()
     run = _run(job, wanted.student, wanted.method)
-    if run.key(wanted.seed) != wanted.key:
+    if run.key(wanted.seeds[0]) != wanted.key:
         files = ", ".join(map(str, job.inputs[:3]))
         raise WorkerError(f"a worker has other code or other files ({files}) than this machine: restart it")
-    run.fit(wanted.seed, bar_position=None)
+    run.fit_group(wanted.seeds, bar_position=None)
     return wanted
 
 

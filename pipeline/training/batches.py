@@ -6,9 +6,9 @@ run that was interrupted goes on as if it had not been.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -27,26 +27,26 @@ class BoundarySamples:
     """Boundary-supporting samples of M rows of a batch."""
 
     samples: Tensor
-    """(M, C, H, W) float32, pixel space."""
+    """(..., M, C, H, W) float32, pixel space."""
     teacher_logits: Tensor
-    """(M, classes), at the samples."""
+    """(..., M, classes), at the samples."""
     usable: Tensor
-    """(M,) bool; the others are fillers, to be left out of a loss."""
+    """(..., M) bool; the others are fillers, to be left out of a loss."""
 
 
 class BoundaryRows(Protocol):
     """Where the boundary-supporting samples of a batch come from: they are searched, or put together, when needed."""
 
     def samples_of(self, rows: Tensor) -> BoundarySamples:
-        """Return the samples of rows (M,) of the batch."""
+        """Return the samples of rows (..., M) of the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """N images with their labels, on the device of training."""
+    """N images with their labels, on the device of training; for each of S students, if it is of a stack."""
 
     images: Tensor
-    """(N, C, H, W) float32 in [0, 1]."""
+    """(N, C, H, W) float32 in [0, 1]; (S, N, C, H, W) of a stack, and so on."""
     labels: Tensor
     """(N,) int64."""
 
@@ -126,6 +126,17 @@ def batches_of(rows: int, batch_size: int) -> Iterator[slice]:
         yield slice(start, end)
 
 
+class Drawn(NamedTuple):
+    """What is drawn of an epoch of fresh views, in its order; of a stack, each has a dimension in front."""
+
+    order: NDArray[np.int64]
+    """(rows,) of the training split."""
+    crop: NDArray[np.int16]
+    """(rows, 2)."""
+    flip: NDArray[np.uint8]
+    """(rows,)."""
+
+
 class FreshSource:
     """All training images, each under a fresh view in every epoch; no teacher needed."""
 
@@ -136,17 +147,32 @@ class FreshSource:
         self.views, self.seed, self.batch_size, self.device = views, seed, batch_size, device
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        for _, batch in self.indexed(epoch):
-            yield batch
+        return self.batches(self.drawn(self.seed, epoch))
 
-    def indexed(self, epoch: int) -> Iterator[tuple[NDArray[np.int64], Batch]]:
-        """Yield batches with their rows in the training split."""
-        index = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
-        padding = self.views.padding
-        drawn = draw_views(self.seed, epoch, 0, self.rows, padding, self.views.flip, Stream.FRESH_VIEWS)
+    def drawn(self, seed: int, epoch: int) -> Drawn:
+        """Draw an epoch with any seed."""
+        order = np.random.default_rng((seed, epoch)).permutation(self.rows)
+        views = draw_views(seed, epoch, 0, self.rows, self.views.padding, self.views.flip, Stream.FRESH_VIEWS)
+        return Drawn(order, views.crop[order], views.flip[order])
+
+    def batches(self, drawn: Drawn) -> Iterator[Batch]:
+        """Yield the batches of an epoch."""
         # Once an epoch: the host would wait for each copy to a GPU.
-        order, crop, flip = (torch.from_numpy(each).to(self.device) for each in (index, drawn.crop, drawn.flip))
+        order, crop, flip = (torch.from_numpy(each).to(self.device) for each in drawn)
         for batch in batches_of(self.rows, self.batch_size):
-            rows = order[batch]
-            views = apply_views(self.images[rows], crop[rows], flip[rows], padding)
-            yield index[batch], Batch(images=pixels(views), labels=self.labels[rows])
+            rows = order[..., batch]
+            flat = self.images[rows.flatten()], crop[..., batch, :].flatten(0, -2), flip[..., batch].flatten()
+            views = apply_views(*flat, self.views.padding)
+            images = pixels(views).view(*rows.shape, *views.shape[1:])
+            yield Batch(images=images, labels=self.labels[rows])
+
+
+class StackedFreshSource:
+    """The same images under the views of several seeds: the batches of a stack."""
+
+    def __init__(self, fresh: FreshSource, seeds: Sequence[int]) -> None:
+        self.rows, self.fresh, self.seeds = fresh.rows, fresh, seeds
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        drawn = [self.fresh.drawn(seed, epoch) for seed in self.seeds]
+        return self.fresh.batches(Drawn(*(np.stack(each) for each in zip(*drawn, strict=True))))

@@ -6,7 +6,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -23,7 +23,8 @@ from pipeline.core.text import csv_text
 from pipeline.images.prepared import Prepared
 from pipeline.machine.processes import Processes
 from pipeline.networks.classifier import Architecture, Classifier, build, move_to_
-from pipeline.networks.predict import accuracy
+from pipeline.networks.predict import accuracies
+from pipeline.networks.stack import Stack, members_of
 from pipeline.networks.weights import save_weights
 from pipeline.training.batches import Source
 from pipeline.training.objective import Moment, Objective
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 CHECKPOINT_SECONDS = 5.0
 DIGEST_BYTES = sha256().digest_size  # before the content of a checkpoint
 WEIGHTS, CURVE = "weights.safetensors", "curve.json"
+CHECKPOINT, STACK_CHECKPOINT = "checkpoint.pt", "stack.pt"  # the latter is kept under the key of the first member
 CURVE_COLUMNS = ["epoch", "learning_rate", "loss", "validation_accuracy"]
 
 
@@ -99,23 +101,67 @@ def fit(task: FitTask, processes: Processes, store: Store, bar_position: int | N
     if finished:
         return finished
     fabric = processes.start()
+    classifier = _first_network(task)
+    # After the network: its first weights are those of its seed, whatever it minimises.
+    objective = task.objective(classifier)
+    run = TrainingRun(fabric, classifier, objective, task.training, store.path(f"{key}/{CHECKPOINT}"))
+    (curve,) = run.train(task, [task.seed], bar_position)
+    if fabric.is_global_zero:
+        _keep(store, key, classifier, curve)
+        store.path(f"{key}/{CHECKPOINT}").unlink(missing_ok=True)
+        store.sweep(key)
+    fabric.barrier()
+    return Fit(store.path(f"{key}/{WEIGHTS}"), curve, reused=False)
+
+
+def fit_stack(
+    tasks: Sequence[FitTask],
+    source: Callable[[], Source],
+    processes: Processes,
+    store: Store,
+    bar_position: int | None = 0,
+) -> None:
+    """Train several small networks as one, in this process: as `fit` would each of them, within rounding.
+
+    Args:
+        tasks: what to train, which differ in key and seed alone; their own sources are not used.
+        source: makes the source of the batches of all.
+        processes: where to train; one.
+        store: where the checkpoint and finished runs are kept.
+        bar_position: lines below the cursor at which the progress bar is drawn; None for no bar.
+
+    Raises:
+        TrainingError: the loss of one is not finite; the last checkpoint is kept.
+    """
+    first, seeds = tasks[0], [task.seed for task in tasks]
+    members = [_first_network(task) for task in tasks]
+    stack = Stack(members)
+    checkpoint = store.path(f"{first.key}/{STACK_CHECKPOINT}")
+    run = TrainingRun(processes.start(), stack, first.objective(stack), first.training, checkpoint)
+    curves = run.train(replace(first, source=source), seeds, bar_position)
+    for task, member, state, curve in zip(tasks, members, stack.states(), curves, strict=True):
+        if find_fit(store, task.key) is None:
+            member.network.load_state_dict(state)
+            _keep(store, task.key, member, curve)
+        store.sweep(task.key)
+    checkpoint.unlink(missing_ok=True)
+
+
+def _first_network(task: FitTask) -> Classifier:
+    """Return the network at the start of training."""
     torch.manual_seed(task.seed)
     classifier = build(task.architecture)
     if task.start is not None:
         classifier.network.load_state_dict(task.start)
-    # After the network: its first weights are those of its seed, whatever it minimises.
-    objective = task.objective(classifier)
-    run = TrainingRun(fabric, classifier, objective, task.training, store.path(f"{key}/checkpoint.pt"))
-    curve = run.train(task, bar_position)
-    if fabric.is_global_zero:
-        save_weights(classifier, store.path(f"{key}/{WEIGHTS}"))
-        write_json(store.path(f"{key}/{CURVE}"), curve)
-        for name in (WEIGHTS, CURVE):
-            store.seal(f"{key}/{name}")
-        store.path(f"{key}/checkpoint.pt").unlink(missing_ok=True)
-        store.sweep(key)
-    fabric.barrier()
-    return Fit(store.path(f"{key}/{WEIGHTS}"), curve, reused=False)
+    return classifier
+
+
+def _keep(store: Store, key: str, classifier: Classifier, curve: list[dict[str, float]]) -> None:
+    """Put a finished run into the store."""
+    save_weights(classifier, store.path(f"{key}/{WEIGHTS}"))
+    write_json(store.path(f"{key}/{CURVE}"), curve)
+    for name in (WEIGHTS, CURVE):
+        store.seal(f"{key}/{name}")
 
 
 def processes_of(processes: Processes) -> list[int]:
@@ -130,7 +176,7 @@ def find_fit(store: Store, key: str) -> Fit | None:
 
 
 class TrainingRun:
-    """A network in training, with its optimiser, schedule and checkpoint."""
+    """A network, or a stack of them, in training, with its optimiser, schedule and checkpoint."""
 
     def __init__(
         self, fabric: Fabric, classifier: Classifier, objective: Objective, training: Training, checkpoint: Path
@@ -142,44 +188,54 @@ class TrainingRun:
             training.learning_rate,
             training.momentum,
             weight_decay=training.weight_decay,
+            fused=True,
         )
         self.fabric, self.objective, self.training, self.checkpoint = fabric, objective, training, checkpoint
         self.classifier = classifier
         self.model, self.optimizer = fabric.setup(classifier, optimizer)
-        self.curve: list[dict[str, float]] = []
+        self.curves: list[list[dict[str, float]]] = [[] for _ in range(members_of(classifier))]
         self.saved = time.monotonic()
 
-    def train(self, task: FitTask, bar_position: int | None) -> list[dict[str, float]]:
-        """Train all epochs that are missing; returns the curve."""
+    def train(self, task: FitTask, seeds: Sequence[int], bar_position: int | None) -> list[list[dict[str, float]]]:
+        """Train all epochs that are missing; returns the curve of each member."""
         self._resume()
         source, epochs = task.source(), self.training.epochs
+        done = len(self.curves[0])
         with tqdm(
             total=epochs,
-            initial=len(self.curve),
+            initial=done,
             desc=task.description,
             unit="epoch",
             position=bar_position,
             disable=None if self.fabric.is_global_zero and bar_position is not None else True,
             leave=False,
         ) as bar:
-            for epoch in range(len(self.curve), epochs):
+            for epoch in range(done, epochs):
                 # For layers that draw, such as dropout: in every process something else.
                 torch.manual_seed(task.seed * epochs + epoch + self.fabric.global_rank)
                 moment = self.objective.moment(epoch, epochs)
-                row = {"epoch": epoch + 1.0, "learning_rate": learning_rate(self.training, moment)}
-                row["loss"] = self.train_epoch(source, epoch, moment)
+                losses = self.train_epoch(source, epoch, moment, seeds)
+                right = None
                 if task.validation is not None:
-                    row["validation_accuracy"] = accuracy(self.model, task.validation, self.fabric.device)
-                self.curve.append(row)
+                    right = accuracies(self.model, len(seeds), task.validation, self.fabric.device)
+                for number, curve in enumerate(self.curves):
+                    row = {"epoch": epoch + 1.0, "learning_rate": learning_rate(self.training, moment)}
+                    row["loss"] = losses[number]
+                    if right is not None:
+                        row["validation_accuracy"] = right[number]
+                    curve.append(row)
                 if self.fabric.is_global_zero and time.monotonic() - self.saved > CHECKPOINT_SECONDS:
                     self._save()
                 bar.update()
         if not all(torch.isfinite(value).all() for value in self.classifier.state_dict().values()):
             raise TrainingError("the weights are not finite at the end: try a lower learning rate")
-        return self.curve
+        return self.curves
 
-    def train_epoch(self, source: Source, epoch: int, moment: Moment) -> float:
-        """Train one epoch, and return the mean loss of its steps; the host waits for the device once, at the end."""
+    def train_epoch(self, source: Source, epoch: int, moment: Moment, seeds: Sequence[int]) -> list[float]:
+        """Train one epoch, and return the mean loss of its steps of each member.
+
+        The host waits for the device once, at the end.
+        """
         self.model.train()
         if moment.epoch == 0:
             self.optimizer.state.clear()  # a second stage begins without the first one's momentum
@@ -190,24 +246,27 @@ class TrainingRun:
             batch, factor = whole.part(self.fabric.global_rank, self.fabric.world_size)
             loss = factor * self.objective.loss(self.model, batch, moment)
             self.optimizer.zero_grad()
-            self.fabric.backward(loss)
+            self.fabric.backward(loss.sum())
             self.optimizer.step()
             losses.append(loss.detach())
-        values = cast(Tensor, self.fabric.all_reduce(torch.stack(losses))).double().cpu()
+        values = cast(Tensor, self.fabric.all_reduce(torch.stack(losses))).double().cpu().view(-1, len(seeds))
         if not torch.isfinite(values).all():
-            step = int((~torch.isfinite(values)).int().argmax()) + 1
+            step, member = divmod(int((~torch.isfinite(values)).flatten().int().argmax()), len(seeds))
+            of = f" of seed {seeds[member]}" if len(seeds) > 1 else ""
             kept = f"; the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else ""
             raise TrainingError(
-                f"the loss is {values[step - 1]} in epoch {epoch + 1}, step {step}: try a lower learning rate{kept}"
+                f"the loss{of} is {values[step, member]} in epoch {epoch + 1}, step {step + 1}: try a lower learning "
+                f"rate{kept}"
             )
-        return float(values.mean())
+        means: list[float] = values.mean(0).tolist()
+        return means
 
     def _save(self) -> None:
         state = {
             "model": self.classifier.state_dict(),
             "terms": self.objective.terms.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "curve": self.curve,
+            "curves": self.curves,
         }
         content = io.BytesIO()
         torch.save(state, content)
@@ -226,7 +285,7 @@ class TrainingRun:
         self.classifier.load_state_dict(state["model"])
         self.objective.terms.load_state_dict(state["terms"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.curve = state["curve"]
+        self.curves = state["curves"]
 
 
 def curve_csv(curves: Sequence[tuple[dict[str, Any], list[dict[str, float]]]]) -> str:

@@ -84,7 +84,7 @@ class Objective:
         return Moment(True, epoch, first) if epoch < first else Moment(False, epoch - first, epochs - first)
 
     def loss(self, student: nn.Module, batch: Batch, moment: Moment) -> Tensor:
-        """Return the loss of a batch; `student` is the network, perhaps wrapped for devices or precision."""
+        """Return the loss of a batch, (S,) of a stack's; `student` may be wrapped for devices or precision."""
         stage = self._stages[moment.first_stage]
         with recorded(self.network, stage.student_layers) as student_features:
             logits = student(batch.images)
@@ -99,7 +99,7 @@ class Objective:
             progress=progress,
         )
         labelled = 0.0 if moment.first_stage else self.cross_entropy
-        total = labelled * F.cross_entropy(logits, batch.labels) if labelled else logits.new_zeros(())
+        total = labelled * _cross_entropy(logits, batch.labels) if labelled else logits.new_zeros(logits.shape[:-2])
         for term in stage.terms:
             total = total + term(step)
         return total
@@ -111,3 +111,10 @@ class Objective:
         with recorded(self.teacher, layers) as features:
             self.teacher(images)
         return features
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy (...) of logits (..., N, classes) with labels (..., N)."""
+    if labels.dim() == 1:
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape).mean(-1)

@@ -31,7 +31,7 @@ class Step:
     """For further passes."""
     batch: Batch
     logits: Tensor
-    """(N, classes) float32, of the student on the images."""
+    """(N, classes) float32, of the student on the images; (S, N, classes) of a stack."""
     student_features: Features
     teacher_features: Features
     """float32, on the images, without gradients."""
@@ -83,13 +83,16 @@ class Term(nn.Module):
     def __init__(self, parameters: Any, shapes: FeatureShapes) -> None:
         super().__init__()
 
+    takes_stacks = False
+    """It can be had of S students at once: `Step` has a dimension more in front, and so has the value."""
+
     @classmethod
     def statuses(cls, parameters: Any) -> tuple[Status, ...]:
         """Return how the searches of the boundary-supporting samples that it uses may have ended; none by default."""
         return ()
 
     def forward(self, step: Step) -> Tensor:
-        """Return a scalar, with its weight."""
+        """Return the value with its weight: a scalar, or (S,) of a stack."""
         raise NotImplementedError
 
 

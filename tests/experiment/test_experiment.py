@@ -13,6 +13,7 @@ from pipeline.evaluate.statistics import difference, estimate
 from pipeline.experiment.figure import experiment_svg, number_in
 from pipeline.experiment.results import Cell, Cost, Results, Run, read_results, reference_of, results_table
 from pipeline.experiment.spec import check_comparisons, labels_of, load_experiment, variants
+from pipeline.networks.stack import MEMBERS
 from tests.support.files import make_project, run_stage, tiny_params, write_params
 
 FILES = sorted((ROOT / "experiments").glob("*.yaml"))
@@ -363,7 +364,7 @@ def test_an_experiment_runs_and_finds_what_is_finished(project):
         assert all(0 <= run.accuracy <= 1 and 0 <= run.validation <= 1 for draw in cell.runs for run in draw)
     before = {name: (folder / name).read_bytes() for name in ("results.json", "table.md", "figure.svg")}
     stamps = {each: each.stat().st_mtime_ns for each in (project / ".work/fits").rglob("weights.safetensors")}
-    assert len(stamps) == 4 + 8 + 8
+    assert len(stamps) == 4 + 2 * 4 * MEMBERS  # those of shards are stacks, of which two seeds are wanted
     again = run_stage("experiment", path)
     assert again.exit_code == 0, again.stderr
     assert {name: (folder / name).read_bytes() for name in before} == before
@@ -398,7 +399,9 @@ def test_an_experiment_goes_on_on_another_machine_from_the_files_of_its_runs(pro
     files[0].unlink()
     again = run_stage("experiment", path, "--runs", "kept")
     assert again.exit_code == 0, again.stderr
-    assert len(list((project / ".work/fits").rglob("weights.safetensors"))) == 1  # the one that was not there
+    assert (
+        len(list((project / ".work/fits").rglob("weights.safetensors"))) == MEMBERS
+    )  # the stack of the one that was not there
     assert {name: (folder / name).read_bytes() for name in before} == before
     # Without a reason to train, no samples are made either.
     shutil.rmtree(project / ".work")
@@ -470,7 +473,7 @@ def test_a_run_that_fails_is_named(project):
     )
     result = run_stage("experiment", written(project, text))
     assert result.exit_code == 1
-    assert "error: rate high, resnet8w2-original seed 0: the loss is" in result.stderr
+    assert "error: rate high, resnet8w2-original seeds 0 to 3: the loss of seed 0 is" in result.stderr
     assert "leave out of the experiment" in result.stderr
 
 

@@ -8,6 +8,9 @@ from safetensors.torch import load
 from pipeline.core.store import Store
 from pipeline.machine.processes import Processes
 from pipeline.networks.classifier import architecture_for
+from pipeline.shards.reader import BoundaryShards
+from pipeline.student.inputs import StudentInputs
+from pipeline.student.run import StudentRun
 from pipeline.training import fit as training
 from pipeline.training.batches import FreshSource
 from pipeline.training.fit import DIGEST_BYTES, FitTask, fit
@@ -74,3 +77,16 @@ def load_checkpoint(path):
 
 def state_in(checkpoint):
     return torch.load(io.BytesIO(checkpoint.read_bytes()[training.DIGEST_BYTES :]), weights_only=True)
+
+
+def student_run(directory, samples, method="bss", changes=None, **inputs):
+    """Fits of resnet8w2 by a method, kept below a directory."""
+    params = tiny_params(changes)
+    splits = tiny_splits()
+    given = {"train": splits["train"], "validation": splits["validation"], "shards": None, "teacher": None}
+    if params.method[method].source == "shards":
+        given["shards"] = BoundaryShards(samples / "bss")
+    if params.method[method].source == "online" or params.method[method].reads_features:
+        given["teacher"] = samples / "teacher.safetensors"
+    processes = Processes(params.runtime, params.training.precision)
+    return StudentRun.of(params, "resnet8w2", method, StudentInputs(**(given | inputs)), processes, Store(directory))

@@ -12,12 +12,7 @@ import torch
 from safetensors.torch import load
 
 from pipeline.core.errors import DataError, ParameterError, TrainingError
-from pipeline.core.store import Store
-from pipeline.machine.processes import Processes
 from pipeline.networks.weights import load_weights, save_weights
-from pipeline.shards.reader import BoundaryShards
-from pipeline.student.inputs import StudentInputs
-from pipeline.student.run import StudentRun
 from pipeline.training import fit as training
 from pipeline.training.batches import BoundaryBatch, BoundarySamples, batches_of
 from pipeline.training.fit import curve_csv, learning_rate
@@ -32,7 +27,7 @@ from tests.support.files import (
     tiny_splits,
     truncate,
 )
-from tests.support.fits import Recorded, StoppedError, fit_tiny, same_state, state_in, stop_at
+from tests.support.fits import Recorded, StoppedError, fit_tiny, same_state, state_in, stop_at, student_run
 
 
 def schedule(epochs, milestones, divisor=10, rate=0.1):
@@ -239,7 +234,7 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_and_step_and_keeps_the_last_
     checkpoint = tmp_path / "key/checkpoint.pt"
     assert str(checkpoint) in str(caught.value)
     state = state_in(checkpoint)
-    assert len(state["curve"]) == 2
+    assert [len(curve) for curve in state["curves"]] == [2]
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
     assert [path.name for path in (tmp_path / "key").iterdir()] == ["checkpoint.pt"]
 
@@ -268,28 +263,15 @@ def sample_directory(tmp_path_factory):
     return directory
 
 
-def student_run(directory, samples, method="bss", changes=None, **inputs):
-    """Fits of resnet8w2 by a method, kept below a directory."""
-    params = tiny_params(changes)
-    splits = tiny_splits()
-    given = {"train": splits["train"], "validation": splits["validation"], "shards": None, "teacher": None}
-    if params.method[method].source == "shards":
-        given["shards"] = BoundaryShards(samples / "bss")
-    if params.method[method].source == "online" or params.method[method].reads_features:
-        given["teacher"] = samples / "teacher.safetensors"
-    processes = Processes(params.runtime, params.training.precision)
-    return StudentRun.of(params, "resnet8w2", method, StudentInputs(**(given | inputs)), processes, Store(directory))
-
-
 @pytest.mark.parametrize("method", ["original", "bss"])
 def test_seeds_side_by_side_end_as_seeds_one_after_the_other(tmp_path, sample_directory, method):
     beside = {"seeds": 3, "runtime.workers": 2, "runtime.threads": 2}
     fits = student_run(tmp_path / "beside", sample_directory, method, beside).fit_all()
     torch.set_num_threads(1)
-    alone = student_run(tmp_path / "alone", sample_directory, method, {"seeds": 3})
+    alone = {"seeds": 3, "runtime.workers": 1, "runtime.threads": 1}
+    after = student_run(tmp_path / "alone", sample_directory, method, alone).fit_all()
     assert [result.reused for result in fits] == [False] * 3
-    for seed, result in enumerate(fits):
-        single = alone.fit(seed)
+    for result, single in zip(fits, after, strict=True):
         assert same_state(result.weights.read_bytes(), single.weights.read_bytes())
         assert result.curve == single.curve
     assert len({result.curve[-1]["loss"] for result in fits}) == 3
@@ -297,14 +279,14 @@ def test_seeds_side_by_side_end_as_seeds_one_after_the_other(tmp_path, sample_di
 
 def test_finished_seeds_are_found_whatever_the_number_of_workers(tmp_path, sample_directory):
     two = {"runtime.workers": 2, "runtime.threads": 2}
-    student_run(tmp_path, sample_directory, "original", {"seeds": 1}).fit_all()
-    fits = student_run(tmp_path, sample_directory, "original", {"seeds": 2} | two).fit_all()
-    assert [result.reused for result in fits] == [True, False]
+    student_run(tmp_path, sample_directory, "original", {"seeds": 4}).fit_all()  # a whole stack
+    fits = student_run(tmp_path, sample_directory, "original", {"seeds": 5} | two).fit_all()
+    assert [result.reused for result in fits] == [True] * 4 + [False]
 
 
 def test_an_error_in_one_of_several_workers_is_the_runs_error(tmp_path, sample_directory):
     changes = {"seeds": 2, "runtime.workers": 2, "runtime.threads": 2, "training.learning_rate": 1e30}
-    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in epoch \d+, step \d+"):
+    with pytest.raises(TrainingError, match=r"the loss of seed \d is (nan|inf) in epoch \d+, step \d+"):
         student_run(tmp_path, sample_directory, "original", changes).fit_all()
 
 
@@ -377,7 +359,7 @@ def test_every_method_trains_from_shards(tmp_path, sample_directory, method):
     }
     # Finished, it is found without a teacher's pass, and trained again it ends as it did.
     assert student_run(tmp_path, sample_directory, method, FEW_EPOCHS).fit(0).reused
-    again = student_run(tmp_path / "again", sample_directory, method, FEW_EPOCHS).fit(0)
+    (again,) = student_run(tmp_path / "again", sample_directory, method, FEW_EPOCHS).fit_all()
     assert same_state(again.weights.read_bytes(), result.weights.read_bytes())
 
 
