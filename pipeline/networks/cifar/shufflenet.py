@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 FIRST = 24  # channels of the first convolution
 GROUPS = 3  # of the 1x1 convolutions of the first network
-SPLIT = 2  # parts of the channels in the second network
 
 
 class GroupedUnit(nn.Module):
@@ -70,17 +69,17 @@ class SplitUnit(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        half = channels // SPLIT
+        half = channels // 2
         self.conv1 = nn.Conv2d(half, half, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(half)
         self.conv2 = nn.Conv2d(half, half, 3, padding=1, groups=half, bias=False)
         self.bn2 = nn.BatchNorm2d(half)
         self.conv3 = nn.Conv2d(half, half, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(half)
-        self.shuffle = nn.ChannelShuffle(SPLIT)
+        self.shuffle = nn.ChannelShuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        kept, made = x.chunk(SPLIT, 1)
+        kept, made = x.chunk(2, 1)
         made = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(made)), inplace=True)))
         made = F.relu(self.bn3(self.conv3(made)), inplace=True)
         shuffled: Tensor = self.shuffle(torch.cat([kept, made], 1))
@@ -95,7 +94,7 @@ class DownUnit(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        half = out_channels // SPLIT
+        half = out_channels // 2
         self.conv1 = nn.Conv2d(in_channels, in_channels, 3, 2, padding=1, groups=in_channels, bias=False)
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv2 = nn.Conv2d(in_channels, half, 1, bias=False)
@@ -106,7 +105,7 @@ class DownUnit(nn.Module):
         self.bn4 = nn.BatchNorm2d(half)
         self.conv5 = nn.Conv2d(half, half, 1, bias=False)
         self.bn5 = nn.BatchNorm2d(half)
-        self.shuffle = nn.ChannelShuffle(SPLIT)
+        self.shuffle = nn.ChannelShuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
         first = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))), inplace=True)
