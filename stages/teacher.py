@@ -91,7 +91,7 @@ def main(context: click.Context, params_path: Path, prepared: Path, out: Path, r
 @main.command(short_help="Find a network's weights in a checkpoint, and write them as safetensors.", epilog=EXIT_CODES)
 @click.argument("weights", type=PATH)
 @params_option
-@click.option("--network", help="Name of the network.  [default: teacher.network]")
+@click.option("--network", help="Name of the network, as cifar.resnet32x4.  [default: teacher.network]")
 @click.option("--entry", help="Where its weights are, if several in the file fit, as state_dict_ema.")
 @click.option(
     "--classes",

@@ -6,15 +6,21 @@ from pipeline.core.extensions import is_own, own_object
 
 MLP_NAME = re.compile(r"mlp([1-9]\d*)w([1-9]\d*)")
 RESNET_NAME = re.compile(r"resnet(\d+)(?:w(\d+))?")
-LIBRARY_NAME = re.compile(r"(torchvision|timm)\.([A-Za-z0-9_.]+)")
+LIBRARY_NAME = re.compile(r"(cifar|torchvision|timm)\.([A-Za-z0-9_.]+)")
+CIFAR_NAMES = (
+    "resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4", "resnet32x4",
+    "resnet50", "wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2", "vgg8", "vgg11", "vgg13", "mobilenetv2",
+    "shufflenetv1", "shufflenetv2",
+)  # fmt: skip
 
 
 def check_network(name: str) -> None:
     """Refuse a name that no network has.
 
     Names: `resnet<depth>` with depth 6n + 2 (8, 14, 20, 26, ...), optionally `w<channels>` of the first group
-    (default 16), as `resnet8w4`; `mlp<hidden layers>w<units>`, as `mlp2w32`; `torchvision.<name>` and `timm.<name>`
-    for the classifiers of these libraries; `own.<module>.<function>` for those of the user.
+    (default 16), as `resnet8w4`; `mlp<hidden layers>w<units>`, as `mlp2w32`; `cifar.<name>` with one of `CIFAR_NAMES`
+    for those of the CIFAR-100 comparison; `torchvision.<name>` and `timm.<name>` for the classifiers of these
+    libraries; `own.<module>.<function>` for those of the user.
 
     Raises:
         ValueError: no network has that name, or the library is not installed.
@@ -26,6 +32,9 @@ def check_network(name: str) -> None:
     if not match:
         if mlp_size(name) is None:
             resnet_size(name)
+    elif match[1] == "cifar":
+        if match[2] not in CIFAR_NAMES:
+            raise ValueError(f"unknown, expected one of: {', '.join(f'cifar.{known}' for known in CIFAR_NAMES)}")
     elif match[1] == "torchvision":
         from torchvision import models
 
@@ -61,6 +70,6 @@ def resnet_size(name: str) -> tuple[int, int]:
     if depth < 8 or (depth - 2) % 6 or width < 1:
         raise ValueError(
             "expected a network resnet<6n+2> (8, 14, 20, 26, ...), one with its width, as resnet8w4, "
-            "mlp<layers>w<units>, torchvision.<name>, timm.<name> or own.<module>.<function>"
+            "mlp<layers>w<units>, cifar.<name>, torchvision.<name>, timm.<name> or own.<module>.<function>"
         )
     return depth, width

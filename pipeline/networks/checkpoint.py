@@ -34,6 +34,23 @@ NAMED = 4  # things, in messages
 DIGITS = re.compile(r"\d+")
 
 
+class _Number:
+    """Stands for a number of NumPy, as an accuracy or a learning rate: nothing of NumPy runs on what a file says."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+# torch takes a stand-in for what has its name in the pickle.
+NUMBERS: list[Any] = [
+    type(name, (_Number,), {"__module__": module})
+    for module, name in (("numpy", "dtype"), ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"))
+]
+
+
 class Converted(NamedTuple):
     """What was found in a checkpoint and written."""
 
@@ -57,9 +74,9 @@ def convert_checkpoint(
 ) -> Converted:
     """Find the weights of a network in a checkpoint and write them to a safetensors file, atomically.
 
-    Checkpoints are pickles of torch, of which tensors and plain containers alone are loaded, safetensors files, and
-    lists of those (`.safetensors.index.json`). Floating-point weights become float32. A description of the network
-    that this project wrote is kept.
+    Checkpoints are pickles of torch, of which tensors and plain values alone are loaded, safetensors files, and lists
+    of those (`.safetensors.index.json`). Floating-point weights become float32. A description of the network that
+    this project wrote is kept.
 
     Args:
         source: the checkpoint.
@@ -113,11 +130,12 @@ def read_checkpoint(path: Path) -> Any:
             raise WeightsError(
                 f"{path}: neither a checkpoint of torch nor of safetensors ({reason}): {AGAIN}"
             ) from None
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of torch about its own storages
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises all kinds on what is no checkpoint
-        raise WeightsError(f"{path}: {_why_not_loaded(path, error)}") from None
+    with torch.serialization.safe_globals(NUMBERS):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of torch about its own storages
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises all kinds on what is no checkpoint
+            raise WeightsError(f"{path}: {_why_not_loaded(path, error)}") from None
 
 
 def _listed(path: Path) -> dict[str, Any]:
@@ -151,13 +169,13 @@ def _why_not_loaded(path: Path, error: Exception) -> str:
 
 
 def _objects_in(path: Path, error: Exception) -> list[str]:
-    """Return the names of the classes and functions in a pickle that are not loaded, those of NumPy in a word."""
+    """Return the names of the classes and functions in a pickle that are not loaded, those of NumPy in two words."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # an older format, or damaged
         names = []
     names = names or re.findall(r"Unsupported global: GLOBAL (\S+)", str(error))
-    plain = ["numbers or arrays of NumPy" if name.startswith("numpy.") else name for name in names]
+    plain = ["arrays of NumPy" if name.startswith("numpy.") else name for name in names]
     return sorted(set(plain), key=lambda name: (" " in name, name))
 
 

@@ -69,7 +69,7 @@ def build(architecture: Architecture) -> Classifier:
     """
     name = architecture.network
     network = bare_network(architecture)
-    if not (is_own(name) or name.startswith(("torchvision.", "timm."))):
+    if not (is_own(name) or name.startswith(("cifar.", "torchvision.", "timm."))):
         return Classifier(network, architecture)
     return _checked(Classifier(network, architecture, 3 if name.startswith("torchvision.") else None))
 
@@ -99,6 +99,10 @@ def bare_network(architecture: Architecture, members: int = 1) -> nn.Module:
             raise WeightsError(f"network '{name}': expected a torch module, got a {type(own).__name__}")
         return own
     library, _, plain_name = name.partition(".")
+    if library == "cifar":
+        from pipeline.networks.cifar.table import CIFAR_NETWORKS  # imported here: torchvision is slow
+
+        return CIFAR_NETWORKS[plain_name](channels, classes)
     if library == "torchvision":
         return _from_torchvision(plain_name, classes)
     if library == "timm":

@@ -151,6 +151,7 @@ EDITS = {
     "views": Edit("images/views.py", "WORDS_PER_COUNTER = 4", "WORDS_PER_COUNTER = 8", ALL - {"comparison"}),
     "what a pixel is": Edit("images/pixels.py", "255.0,", "256.0,", ALL),
     "a network": Edit("networks/resnet.py", "F.avg_pool2d(x, 1, self.stride)", "F.max_pool2d(x, 1, self.stride)", ALL),
+    "a network of the CIFAR-100 comparison": Edit("networks/cifar/vgg.py", "POOLED = 3", "POOLED = 2", ALL),
     "how a network is named": Edit("core/network_names.py", "match[2] or 16", "match[2] or 8", ALL),
     "gradients in bfloat16": Edit("networks/fast.py", "model, 0.1,", "model, 0.2,", SEARCHED | {"at"}),
     "threads": Edit("machine/device.py", "torch.set_num_threads(1)", "torch.set_num_threads(2)", ALL),

@@ -261,6 +261,20 @@ def test_checkpoints_from_a_gpu_and_of_old_versions_are_read(tmp_path, zipped, m
     assert torch.equal(load_file(tmp_path / "gpu.safetensors")["conv1.weight"], state["conv1.weight"])
 
 
+@pytest.mark.parametrize("of_numpy_1", [False, True])
+def test_numbers_of_numpy_are_left_out(tmp_path, of_numpy_1):
+    (state,) = states(0)
+    content = {"best": np.float64(0.9), "counts": [np.int64(3), np.float32(2), np.bool_(True)], "net": state}
+    torch.save(content, tmp_path / "teacher.pt", _use_new_zipfile_serialization=not of_numpy_1)
+    if of_numpy_1:
+        data = (tmp_path / "teacher.pt").read_bytes()
+        assert b"cnumpy._core.multiarray\n" in data
+        (tmp_path / "teacher.pt").write_bytes(data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    found = convert_checkpoint(tmp_path / "teacher.pt", tmp_path / "teacher.safetensors", "resnet8w2")
+    assert (found.entry, found.left_out) == ("net", ["best", "counts"])
+    assert torch.equal(load_file(tmp_path / "teacher.safetensors")["conv1.weight"], state["conv1.weight"])
+
+
 def whole_model():
     return nn.Sequential(nn.Linear(2, 2), nn.ReLU())
 
@@ -269,8 +283,11 @@ OBJECTS = {
     "code": (Trap, "_pytest.outcomes._Fail"),
     "a whole model": (whole_model, "torch.nn.modules.activation.ReLU, torch.nn.modules.container.Sequential"),
     "arguments": (lambda: {"args": argparse.Namespace(lr=0.1), "net": states(0)[0]}, "argparse.Namespace; where"),
-    "NumPy numbers": (lambda: {"best": np.float64(0.9), "net": states(0)[0]}, "numbers or arrays of NumPy; where"),
-    "NumPy arrays": (lambda: {"mean": np.zeros(3), "args": argparse.Namespace()}, "argparse.Namespace, numbers or"),
+    "NumPy arrays": (lambda: {"mean": np.zeros(3), "net": states(0)[0]}, "arrays of NumPy; where"),
+    "NumPy arrays and numbers": (
+        lambda: {"mean": np.zeros(3), "args": argparse.Namespace(best=np.float64(0.9))},
+        "argparse.Namespace, arrays of NumPy; where",
+    ),
 }
 
 

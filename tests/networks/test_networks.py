@@ -37,6 +37,7 @@ CASES = [
     ("resnet8w2", "resnet8w2", 3, (1, 224, 224)),
     ("mlp3w16", "mlp1w4", 3, (1, 1, 2)),
     ("mlp2w8", "resnet8w2", 2, (3, 5, 1)),
+    ("cifar.wrn_16_1", "cifar.mobilenetv2", 3, (1, 32, 32)),
     ("torchvision.resnet18", "torchvision.mobilenet_v3_small", 3, (3, 64, 48)),
     ("torchvision.shufflenet_v2_x0_5", "resnet8w2", 3, (1, 32, 32)),
     ("timm.test_convnext", "timm.test_efficientnet", 3, (1, 40, 32)),
@@ -126,6 +127,8 @@ def test_logits_come_out_of_networks_of_libraries(name):
         ("torchvision.fasterrcnn_resnet50_fpn", "torchvision has no classifier"),
         ("timm.resnet19", "timm has no model 'resnet19'"),
         ("timm.", "expected a network"),
+        ("cifar.resnet26", r"unknown, expected one of: cifar\.resnet8, .*, cifar\.shufflenetv2"),
+        ("cifar.", "expected a network"),
         ("vision.resnet18", "expected a network"),
         ("resnet18", "expected a network"),
         ("../resnet8", "expected a network"),
@@ -148,7 +151,8 @@ def test_without_timm_the_error_says_how_to_install_it(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("timm.test_vit3", 32), ("torchvision.vgg11", 8), ("torchvision.vit_b_32", 32)]
+    ("name", "size"),
+    [("timm.test_vit3", 32), ("torchvision.vgg11", 8), ("torchvision.vit_b_32", 32), ("cifar.vgg8", 7)],
 )
 def test_a_network_that_cannot_take_the_images_is_refused_with_their_size(name, size):
     with pytest.raises(

@@ -56,6 +56,7 @@ def heads(state):
         ("resnet14w4", lambda state: {"state_dict": {f"model.{k}": v for k, v in state.items()}, "epoch": 9}),
         ("torchvision.resnet18", lambda state: {f"module.{k}": v.double() for k, v in state.items()}),
         ("torchvision.googlenet", heads),
+        ("cifar.resnet8", lambda state: {"epoch": 240, "model": state, "accuracy": torch.tensor([59.4])}),
         ("mlp2w16", lambda state: {"net": {f"_orig_mod.{k}": v for k, v in state.items()}, "optimizer": {"lr": 1}}),
     ],
 )
