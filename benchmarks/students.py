@@ -54,6 +54,7 @@ class PlainLoop:
     """The rule of Heo et al. (2019) as their code runs it in the training loop, in the place of our search."""
 
     half_gradients: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
     def __init__(self, teacher: Classifier) -> None:
         self.teacher = teacher

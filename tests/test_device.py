@@ -1,6 +1,8 @@
 """Searches, training and evaluation on a GPU: as on the CPU, and how often they use it; on a pretended one."""
 
+import dataclasses
 import json
+import time
 from functools import cache
 from pathlib import Path
 
@@ -8,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+import pipeline.attack.dataset as attack_dataset
 import pipeline.search.newton
 from pipeline.attack.columns import Block, shard_values
+from pipeline.attack.dataset import SampleDataset, shards_at_once
+from pipeline.core.errors import StoreError
 from pipeline.core.status import Status
 from pipeline.core.store import Store
 from pipeline.evaluate.compare import compare, teacher_side
@@ -19,13 +24,14 @@ from pipeline.networks import fast
 from pipeline.networks.fast import folded, frozen, halved
 from pipeline.networks.weights import load_weights, save_weights
 from pipeline.search.table import SEARCHES, search_of
+from pipeline.shards.file import read_columns
 from pipeline.shards.reader import BoundaryShards
 from pipeline.student.inputs import StudentInputs
 from pipeline.student.run import StudentRun
 from pipeline.student.shard_source import ShardSource
 from pipeline.training import fit
 from pipeline.training.batches import FreshSource
-from tests.support.files import tiny_params, tiny_splits, tiny_teacher
+from tests.support.files import sample_dataset, tiny_params, tiny_splits, tiny_teacher
 from tests.support.helpers import (
     CPU,
     attack_parameters,
@@ -137,6 +143,118 @@ def search_counts():
 @pytest.mark.parametrize("phase", ["search, walk", "search, close", "search, sidestep", "search, between"])
 def test_a_search_asks_no_more_of_the_device(search_counts, phase):
     assert_as_expected(phase, search_counts[phase])
+
+
+# Several shards at once
+
+
+def dataset_of(folder, rows_per_shard=8, name="newton"):
+    changes = {"attack.rows_per_shard": rows_per_shard, "search.name": name, "search.max_gradients": 6}
+    return sample_dataset(folder, tiny_splits()["train"], changes)
+
+
+def columns_in(dataset):
+    return [read_columns(dataset.stored(block), ["status", "target", "distance", "image"]) for block in dataset.blocks]
+
+
+def searching_on(device, name="newton"):
+    return search_of(tiny_teacher(), search_parameters(name=name, max_gradients=6), 32, device)
+
+
+def test_shards_that_are_searched_at_once_are_those_that_are_searched_alone(tmp_path):
+    alone, joint = dataset_of(tmp_path / "alone"), dataset_of(tmp_path / "joint")
+    assert list(alone.make(searching_on(CPU), alone.blocks)) == alone.blocks
+    with PretendedGpu():
+        search = searching_on(DEVICE)
+        assert shards_at_once(search, joint.attack, joint.train) == 16
+        assert list(joint.make(search, joint.blocks)) == joint.blocks
+    assert len(joint.blocks) == 16
+    for ours, theirs in zip(columns_in(joint), columns_in(alone), strict=True):
+        np.testing.assert_array_equal(ours["image"], theirs["image"])
+        same = (ours["status"] == theirs["status"]) & (ours["target"] == theirs["target"])
+        assert same.mean() > 0.9
+        np.testing.assert_allclose(ours["distance"][same], theirs["distance"][same], rtol=0.05)
+
+
+def test_how_many_are_searched_at_once_follows_from_memory_and_search(tmp_path, monkeypatch):
+    dataset = dataset_of(tmp_path)
+    assert shards_at_once(searching_on(CPU), dataset.attack, dataset.train) == 1
+    with PretendedGpu():
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 64 * 32 * 4 * 5, 0))
+        assert shards_at_once(searching_on(DEVICE), dataset.attack, dataset.train) == 5
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 0))
+        assert shards_at_once(searching_on(DEVICE), dataset.attack, dataset.train) == 1
+        for name in ("random", "view", "mixup", "cutmix"):
+            assert shards_at_once(searching_on(DEVICE, name), dataset.attack, dataset.train) == 1
+
+
+def test_passes_on_a_gpu_have_few_sizes(tmp_path):
+    sizes = set()
+
+    class Seen(torch.nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, images):
+            sizes.add(len(images))
+            return self.network(images)
+
+    with PretendedGpu(), pytest.MonkeyPatch.context() as patch:
+        for phase in ("walk", "close", "sidestep"):
+            plain = getattr(pipeline.search.newton, phase)
+            patch.setattr(
+                pipeline.search.newton,
+                phase,
+                lambda rows, network, limits, plain=plain: plain(rows, Seen(network), limits),
+            )
+        search = dataclasses.replace(searching_on(DEVICE), batch_size=300)
+        dataset = dataset_of(tmp_path, rows_per_shard=64)
+        list(dataset.make(search, dataset.blocks))
+    assert sizes <= {32, 256, 300}
+    assert len(sizes) > 1
+
+
+def test_a_shard_is_written_while_the_next_ones_are_searched(tmp_path, monkeypatch):
+    """A disk that takes as long as the search: both together take little longer than one of them."""
+    dataset, seconds, events = dataset_of(tmp_path), 0.1, []
+    values = shard_values(searching_on(CPU), dataset.train, dataset.blocks[0], dataset.views, dataset.attack)
+    keep = type(dataset).keep
+
+    def search_slowly(*_):
+        events.append("searched")
+        time.sleep(seconds)
+        return values
+
+    def write_slowly(self, block, found):
+        time.sleep(seconds)
+        keep(self, block, found)
+        events.append("written")
+
+    monkeypatch.setattr(attack_dataset, "shard_values", search_slowly)
+    monkeypatch.setattr(type(dataset), "keep", write_slowly)
+    begin = time.perf_counter()
+    for number, _ in enumerate(dataset.make(searching_on(CPU), dataset.blocks), start=1):
+        assert events.count("written") >= number  # it is there to stay
+        assert events.count("searched") <= number + 2  # a few wait in memory at most
+    taken = time.perf_counter() - begin
+    assert taken < 1.6 * seconds * len(dataset.blocks)
+    assert not dataset.missing()
+
+
+def test_a_shard_that_cannot_be_written_ends_the_attack_and_keeps_the_others(tmp_path, monkeypatch):
+    dataset, keep = dataset_of(tmp_path), SampleDataset.keep
+
+    def failing(self, block, values):
+        if block == dataset.blocks[3]:
+            raise StoreError("the disk is full")
+        keep(self, block, values)
+
+    monkeypatch.setattr(SampleDataset, "keep", failing)
+    with pytest.raises(StoreError, match="the disk is full"):
+        list(dataset.make(searching_on(CPU), dataset.blocks))
+    assert dataset.blocks[3] in dataset.missing()
+    assert not set(dataset.blocks[:3]) & set(dataset.missing())
 
 
 # Training

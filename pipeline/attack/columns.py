@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from pipeline.images.pixels import pixels
 from pipeline.images.prepared import Prepared
 from pipeline.images.views import Stream, ViewParameters, apply_views, draw_views, uniforms
 from pipeline.machine.device import one_cpu_thread
+from pipeline.search.boundary import OtherViews
 from pipeline.search.targets import draw_targets
 from pipeline.search.teacher_search import TeacherSearch
 
@@ -39,82 +40,114 @@ def shard_values(
     search: TeacherSearch, train: Prepared, block: Block, views: Views, attack: Attack
 ) -> dict[str, NDArray[Any]]:
     """Return all columns of one shard, whose bytes do not depend on the number of CPU threads."""
-    rows = slice(block.start, block.start + block.rows)
-    drawn = draw_views(attack.seed, block.view, block.start, block.rows, views.padding, views.flip)
-    seen = _cut(train.images[rows], drawn, views.padding, search.device)
-    images = pixels(seen)
-    logits = search.logits(images).cpu().numpy()
-    labels = train.labels[rows]
-    correct = logits.argmax(1) == labels
-    noise = uniforms(attack.seed, Stream.TARGETS, block.view, block.start, block.rows, logits.shape[1])
-    target = draw_targets(logits, labels, noise, attack.targets)
+    part = _Part.of(search, train, block, views, attack)
+    drawn_by = (attack.seed, block.view, block.start)
+    other_views = partial(_other_views, train, block, views, attack, search.device)
 
-    samples = (block.rows, attack.targets)
-    values: dict[str, NDArray[Any]] = {
-        "index": np.arange(rows.start, rows.stop, dtype=np.uint32),
-        "label": labels,
-        "image": seen.cpu().numpy(),
-        "crop": drawn.crop,
-        "flip": drawn.flip,
-        "teacher_logits": logits,
-        "target": np.where(correct[:, None], target, -1).astype(np.int16),
-        "delta": np.zeros((*samples, *train.image_shape), np.int8),
-        "delta_scale": np.zeros(samples, np.float32),
-        "boundary_logits": np.repeat(logits[:, None], attack.targets, 1),
-        "margin": np.zeros(samples, np.float32),
-        "distance": np.zeros(samples, np.float32),
-        "status": np.full(samples, Status.BASE_MISCLASSIFIED, np.uint8),
-        "evaluations": np.zeros(samples, np.uint16),
-    }
-    if correct.any():
-        drawn_by = (attack.seed, block.view, block.start)
-        other_views = partial(_other_views, train, block, views, attack, search.device)
-        _search_into(values, search, images, correct, drawn_by, other_views)
-    if not attack.embed_images:
-        del values["image"]
-    return values
+    def of_searched_rows(image: Literal["same", "any"]) -> Tensor:
+        return pixels(other_views(image)[part.searched]).flatten(0, 1)
+
+    _search_into([part], search, drawn_by, of_searched_rows)
+    return part.values
+
+
+@one_cpu_thread()
+@torch.no_grad()
+def joint_values(
+    search: TeacherSearch, train: Prepared, blocks: Sequence[Block], views: Views, attack: Attack
+) -> list[dict[str, NDArray[Any]]]:
+    """Return all columns of some shards that are searched together, by a search that draws nothing.
+
+    The few rows that search longest are then few for all of them. Batches are others than those of one shard alone, so
+    values may differ from these by rounding.
+    """
+    parts = [_Part.of(search, train, block, views, attack) for block in blocks]
+    _search_into(parts, search)
+    return [part.values for part in parts]
+
+
+class _Part(NamedTuple):
+    """A shard before its search, or with what was found."""
+
+    values: dict[str, NDArray[Any]]
+    """By column."""
+    images: Tensor
+    """(rows, C, H, W) float32 in [0, 1], on the device."""
+    correct: NDArray[np.bool_]
+    """(rows,) those that the teacher classifies correctly, which are searched."""
+    searched: Tensor
+    """The same, on the device."""
+
+    @classmethod
+    def of(cls, search: TeacherSearch, train: Prepared, block: Block, views: Views, attack: Attack) -> _Part:
+        rows = slice(block.start, block.start + block.rows)
+        drawn = draw_views(attack.seed, block.view, block.start, block.rows, views.padding, views.flip)
+        seen = _cut(train.images[rows], drawn, views.padding, search.device)
+        images = pixels(seen)
+        logits = search.logits(images).cpu().numpy()
+        labels = train.labels[rows]
+        correct = logits.argmax(1) == labels
+        noise = uniforms(attack.seed, Stream.TARGETS, block.view, block.start, block.rows, logits.shape[1])
+        target = draw_targets(logits, labels, noise, attack.targets)
+
+        samples = (block.rows, attack.targets)
+        values: dict[str, NDArray[Any]] = {
+            "index": np.arange(rows.start, rows.stop, dtype=np.uint32),
+            "label": labels,
+            "crop": drawn.crop,
+            "flip": drawn.flip,
+            "teacher_logits": logits,
+            "target": np.where(correct[:, None], target, -1).astype(np.int16),
+            "delta": np.zeros((*samples, *train.image_shape), np.int8),
+            "delta_scale": np.zeros(samples, np.float32),
+            "boundary_logits": np.repeat(logits[:, None], attack.targets, 1),
+            "margin": np.zeros(samples, np.float32),
+            "distance": np.zeros(samples, np.float32),
+            "status": np.full(samples, Status.BASE_MISCLASSIFIED, np.uint8),
+            "evaluations": np.zeros(samples, np.uint16),
+        }
+        if attack.embed_images:
+            values["image"] = seen.cpu().numpy()
+        return cls(values, images, correct, torch.from_numpy(correct).to(search.device))
 
 
 def _search_into(
-    values: dict[str, NDArray[Any]],
-    search: TeacherSearch,
-    images: Tensor,
-    correct: NDArray[np.bool_],
-    draw: tuple[int, ...],
-    other_views: Callable[[Literal["same", "any"]], Tensor],
+    parts: Sequence[_Part], search: TeacherSearch, draw: tuple[int, ...] = (), other_views: OtherViews | None = None
 ) -> None:
     """Fill in what a search finds for the rows that the teacher classifies correctly, all targets at once."""
+    rows = [int(part.correct.sum()) for part in parts]
+    if not any(rows):
+        return
+    count = parts[0].values["target"].shape[1]
 
     def on_device(column: str) -> Tensor:
-        return torch.from_numpy(values[column][correct]).to(search.device)
-
-    target = on_device("target").long()
-    count = target.shape[1]
-    rows = torch.from_numpy(correct).to(search.device)
-
-    def of_correct_rows(image: Literal["same", "any"]) -> Tensor:
-        return pixels(other_views(image)[rows]).flatten(0, 1)
+        return torch.from_numpy(np.concatenate([part.values[column][part.correct] for part in parts])).to(search.device)
 
     result = search.find(
-        images[rows].repeat_interleave(count, 0),
+        torch.cat([part.images[part.searched] for part in parts]).repeat_interleave(count, 0),
         on_device("label").repeat_interleave(count),
-        target.flatten(),
+        on_device("target").long().flatten(),
         on_device("teacher_logits").repeat_interleave(count, 0),
         draw,
-        of_correct_rows,
+        other_views,
     )
+    ends = np.cumsum(rows)[:-1]
     for name in SEARCHED:
         found = getattr(result, name)
         if name == "delta":  # whole numbers: a quarter of the bytes to bring from a device
             found = found.to(torch.int8)
         array = found.cpu().numpy()
-        values[name][correct] = array.reshape(-1, count, *array.shape[1:])
-    # The search's network may see a tie where the reference sees a correct base: by rounding, very rarely.
-    lost = values["status"] == Status.BASE_MISCLASSIFIED
-    values["target"][lost] = -1
-    values["margin"][lost] = 0
-    image_logits = np.broadcast_to(values["teacher_logits"][:, None], values["boundary_logits"].shape)
-    values["boundary_logits"][lost] = image_logits[lost]
+        of_parts = np.split(array.reshape(-1, count, *array.shape[1:]), ends)
+        for part, of_part in zip(parts, of_parts, strict=True):
+            part.values[name][part.correct] = of_part
+    for part in parts:
+        # The search's network may see a tie where the reference sees a correct base: by rounding, very rarely.
+        values = part.values
+        lost = values["status"] == Status.BASE_MISCLASSIFIED
+        values["target"][lost] = -1
+        values["margin"][lost] = 0
+        image_logits = np.broadcast_to(values["teacher_logits"][:, None], values["boundary_logits"].shape)
+        values["boundary_logits"][lost] = image_logits[lost]
 
 
 def _cut(images: NDArray[np.uint8], drawn: ViewParameters, padding: int, device: torch.device) -> Tensor:

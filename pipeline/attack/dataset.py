@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from numpy.typing import NDArray
 
-from pipeline.attack.columns import Block, shard_values
+from pipeline.attack.columns import Block, joint_values, shard_values
 from pipeline.core.errors import ParameterError, ShardError
 from pipeline.core.extensions import own_modules
 from pipeline.core.files import atomic_directory, copy_file, write_atomically
@@ -34,6 +37,9 @@ from pipeline.shards.format import FORMAT_VERSION, MANIFEST, Column, columns_of,
 from pipeline.shards.manifest import Augmentation, Digests, Manifest, ShardEntry, manifest_text, totals_of
 
 Result = TypeVar("Result")
+
+SHARDS_AT_ONCE = 16
+SEARCH_SHARE, SEARCH_BYTES = 0.25, 32  # of free memory for the state of a search; bytes of it a pixel and channel
 
 # The modules that decide what is in a shard: an edit to one of them makes stored shards invalid.
 CODE = ("pipeline.attack.columns", "pipeline.machine.device", "pipeline.publish.writer")
@@ -130,13 +136,35 @@ class SampleDataset:
             WorkerError: a fork was killed.
         """
         if workers == 1:
-            for block in blocks:
-                self._make_one(search, block)
-                yield block
+            yield from self._make_in_turn(search, blocks)
         else:
             return_freed_memory()  # which each fork would have again
             for number in run_in_forks([partial(self._make_one, search, block) for block in blocks], workers):
                 yield blocks[number]
+
+    def _make_in_turn(self, search: TeacherSearch, blocks: list[Block]) -> Iterator[Block]:
+        """Make shards in this process, on a GPU some at once; while they are searched, a thread writes those before."""
+        size = shards_at_once(search, self.attack, self.train)
+        groups = [blocks[start : start + size] for start in range(0, len(blocks), size)]
+        waiting: deque[tuple[Block, Future[None]]] = deque()
+        with ThreadPoolExecutor(1) as writer:
+            try:
+                for group in groups:
+                    for block, values in zip(group, self._joint_values(search, group), strict=True):
+                        with interrupts_wait():  # one that comes between two locks of the pool would leave them closed
+                            waiting.append((block, writer.submit(self.keep, block, values)))
+                    while len(waiting) > size:
+                        yield _written(waiting)
+                while waiting:
+                    yield _written(waiting)
+            finally:
+                for _, shard in waiting:
+                    shard.cancel()
+
+    def _joint_values(self, search: TeacherSearch, blocks: list[Block]) -> list[dict[str, NDArray[Any]]]:
+        if len(blocks) == 1:
+            return [self.values(search, blocks[0])]
+        return joint_values(search, self.train, blocks, self.views, self.attack)
 
     def _make_one(self, search: TeacherSearch, block: Block, slot: int = 0) -> None:
         self.keep(block, self.values(search, block))
@@ -216,6 +244,24 @@ class SampleDataset:
             sha256=self.store.digest(name),
             statuses=count_statuses(read_columns(source, ["status"])["status"]),
         )
+
+
+def shards_at_once(search: TeacherSearch, attack: Attack, train: Prepared) -> int:
+    """Return how many shards are searched together: several on a GPU, as many as its free memory is sure to take."""
+    if search.device.type == "cpu" or search.search.draws:
+        return 1
+    samples = attack.rows_per_shard * attack.targets
+    state = samples * prod(train.image_shape) * SEARCH_BYTES
+    free = torch.cuda.mem_get_info(search.device)[0]
+    return max(1, min(SHARDS_AT_ONCE, int(SEARCH_SHARE * free) // state))
+
+
+def _written(waiting: deque[tuple[Block, Future[None]]]) -> Block:
+    """Return the block whose shard waits longest, when it is in the store."""
+    block, shard = waiting[0]
+    shard.result()
+    waiting.popleft()
+    return block
 
 
 def make_samples(dataset: SampleDataset, teacher: Classifier, params: Params, blocks: list[Block]) -> Iterator[Block]:

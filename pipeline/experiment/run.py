@@ -159,9 +159,10 @@ class ExperimentRun:
             for part in parts:
                 failed |= self._make_missing(*part, bar.update)
         if failed:
+            some = "; ".join(list(failed)[:NAMED]) + ("; ..." if len(failed) > NAMED else "")
             raise TrainingError(
-                f"{sum(failed.values())} of {len(runs)} runs failed, the others are kept in {self.records.folder}; leave "
-                f"out of the experiment: {'; '.join(list(failed)[:NAMED])}{'; ...' if len(failed) > NAMED else ''}"
+                f"{sum(failed.values())} of {len(runs)} runs failed, the others are kept in {self.records.folder}; "
+                f"leave out of the experiment: {some}"
             )
         return self._gathered(runs)
 

@@ -115,6 +115,8 @@ class BoundarySearch(Protocol):
 
     half_gradients: ClassVar[bool]
     """Whether gradients in bfloat16 serve it."""
+    draws: ClassVar[bool]
+    """Whether a result depends on random numbers or other views of the rows of one problem."""
 
     def __call__(self, problem: Problem) -> SearchResult:
         """Search a sample for each row."""

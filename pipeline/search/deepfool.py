@@ -24,6 +24,7 @@ class DeepFoolSearch:
     """
 
     half_gradients: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
     steps: int = 50
     """Most evaluations of the gradients."""

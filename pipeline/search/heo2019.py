@@ -25,6 +25,7 @@ class Heo2019Search:
     """
 
     half_gradients: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
     mean: Tensor
     """(C, 1, 1), of the normalisation of the network."""

@@ -21,6 +21,7 @@ class MixedSamples:
     """Take another view of the image, or mix in a view of an image drawn at random; shares follow from `draw`."""
 
     half_gradients: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
 
     kind: Literal["view", "mixup", "cutmix"]
     """'view' for another view of the same image; 'mixup' for the mean of both images, with a share uniform in [0, 1)

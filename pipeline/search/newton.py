@@ -30,6 +30,7 @@ NEAR, NEAR_LOGITS = 0.3, 0.2  # of the first margin, or at least: from here line
 MAX_PROBES = 12  # forward passes on one ray
 MAX_OPEN_PROBES = 4  # the same while all of them fell short of the boundary
 CLEARANCE = 0.5  # logits by which a third class is to fall below the pair
+PASS_SIZES = (32, 256)  # rows on a GPU, beside whole batches
 AIM = 0.95  # of the tolerance, where the search stops: the rest is for rounding elsewhere
 
 
@@ -145,6 +146,10 @@ class Rows:
         for name in _FIELDS:
             if name not in _CONSTANT:
                 getattr(self, name)[index] = getattr(part, name)
+
+    def first(self, count: int) -> Self:
+        """Return the first rows, without a copy."""
+        return type(self)(**{name: getattr(self, name)[:count] for name in _FIELDS})
 
     def failed_at_gradient(self, bad: Tensor, before: Self) -> Self:
         """Return these rows, but those that are `bad` (R,) as they were `before`, and done with BAD_GRADIENT."""
@@ -340,6 +345,7 @@ class NewtonSearch:
     """
 
     half_gradients: ClassVar[bool] = True
+    draws: ClassVar[bool] = False
 
     max_gradients: int = 20
     """Gradient evaluations per row."""
@@ -374,7 +380,8 @@ class NewtonSearch:
         while chosen := next_rows(rows.phase, problem.batch_size):
             phase, index = chosen
             step, network = steps[phase]
-            rows.put(index, step(rows.take(index), network, limits))
+            done = step(rows.take(filled_up(index, problem.batch_size)), network, limits)
+            rows.put(index, done.first(len(index)))
         # Found samples were judged when they were; the others end as they are.
         lost = (~rows.found & (rows.status != Status.BASE_MISCLASSIFIED)).nonzero().squeeze(1)
         if len(lost):
@@ -390,6 +397,17 @@ class NewtonSearch:
             evaluations=rows.evaluations,
             forwards=rows.forwards,
         )
+
+
+def filled_up(index: Tensor, batch_size: int) -> Tensor:
+    """Return rows (n,) to compute, on a GPU filled up with the first one to one of few sizes.
+
+    There each new size costs cuDNN a plan, and rows without need cost next to nothing; a CPU computes as few as it can.
+    """
+    if index.device.type == "cpu":
+        return index
+    size = next(size for size in (*PASS_SIZES, batch_size) if size >= len(index))
+    return torch.cat([index, index[:1].expand(size - len(index))])
 
 
 def next_rows(phases: Tensor, batch_size: int) -> tuple[Phase, Tensor] | None:

@@ -28,6 +28,7 @@ class OneStepSearch:
     """
 
     half_gradients: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
 
     direction: Literal["random", "fgsm"]
     """'random' for Gaussian noise, which follows from the problem's `draw`; 'fgsm' for the sign of the gradient of the
