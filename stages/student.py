@@ -19,7 +19,7 @@ from pipeline.machine.cluster import connected
 from pipeline.machine.processes import Processes
 from pipeline.networks.loading import try_out
 from pipeline.student.inputs import InputPaths
-from pipeline.student.run import StudentRun
+from pipeline.student.run import StudentRun, sharing_shards
 from pipeline.student.worker import GroupRun, fit_on_workers
 from pipeline.training.fit import curve_csv
 from stages.cli import (
@@ -86,7 +86,9 @@ def main(
     processes = Processes(params.runtime, params.training.precision)
     for student, method in chosen:
         check_replaceable(out / f"{student}-{method}", SEED_FILES)
-    runs = [StudentRun.of(params, *each, inputs[params.method[each[1]].source], processes, store) for each in chosen]
+    runs = sharing_shards(
+        [StudentRun.of(params, *each, inputs[params.method[each[1]].source], processes, store) for each in chosen]
+    )
     failed: dict[str, TrainingError] = {}
 
     def note(name: str, error: TrainingError) -> None:

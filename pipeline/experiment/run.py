@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,7 @@ from pipeline.networks.loading import Loaded, load_with_digest
 from pipeline.prepare.splits import part_by_class
 from pipeline.shards.reader import BoundaryShards
 from pipeline.student.inputs import StudentInputs
-from pipeline.student.run import StudentRun, fit_code, fit_side_by_side
-from pipeline.student.shard_source import ShardSource
+from pipeline.student.run import StudentRun, fit_code, fit_side_by_side, sharing_shards
 from pipeline.training.term import statuses_of
 
 NAMED = 5  # failed runs, in a message
@@ -233,17 +232,15 @@ class ExperimentRun:
         runs, params, train = list(missing.values()), next(iter(missing.values())).params, self._part(variant, draw)
         inputs, cost = StudentInputs(train, self.materials.validation, None, self.materials.teacher), None
         methods = {run.method: params.method[run.method] for run in runs}
-        loaded = None
         if any(method.source == "shards" for method in methods.values()):
             shards, cost = self._samples(params, train)
             inputs = inputs._replace(shards=shards)
-            statuses = next((found for method in methods.values() if (found := statuses_of(method.losses))), ())
-            loaded = ShardSource(shards, 0, params.training.batch_size, self.processes.device, statuses, train=train)
         store = Store(self.materials.work / "fits")
-        students = {
-            cell: replace(StudentRun.of(params, *cell, inputs, self.processes, store), loaded=loaded)
-            for cell in dict.fromkeys((run.student, run.method) for run in runs)
-        }
+        cells = list(dict.fromkeys((run.student, run.method) for run in runs))
+        fits = sharing_shards([StudentRun.of(params, *cell, inputs, self.processes, store) for cell in cells])
+        students = dict(zip(cells, fits, strict=True))
+        for student in fits:
+            student.load()
         side = self.evaluation.teacher_side()
         groups = [
             (student, seeds, [run for run in of_cell if run.seed in seeds])

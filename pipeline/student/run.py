@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,8 +88,8 @@ class StudentRun:
     """Where to train."""
     store: Store
     """Where finished fits are kept."""
-    loaded: ShardSource | None = None
-    """The shards, where several runs share them; otherwise they are loaded when they are needed."""
+    loaded: Callable[[], ShardSource] | None = None
+    """Gives the shards, where several runs share them; otherwise each run loads them when it needs them."""
 
     @classmethod
     def of(
@@ -236,12 +236,17 @@ class StudentRun:
             and stacks_well(self.architecture)
         )
 
+    def load(self) -> None:
+        """Load the shards, if the method reads them, before forks begin, which then share the pages."""
+        if self.method.source == "shards":
+            self._shards  # noqa: B018
+
     def fit_all(self) -> list[Fit]:
         """Train with all seeds, or find the finished runs; on a CPU side by side, in forks of this process."""
         unfinished = self.unfinished()
         groups = self.groups(unfinished)
-        if self.method.source == "shards" and groups and not self.processes.several:
-            self._shards  # noqa: B018 (loaded here, the pages are shared by all forks)
+        if groups:
+            self.load()
         for _ in fit_side_by_side(
             [partial(self.fit_group, group) for group in groups], self.params.runtime, self.processes
         ):
@@ -272,14 +277,7 @@ class StudentRun:
     @cached_property
     def _shards(self) -> ShardSource:
         """The shards, loaded once for all seeds."""
-        return self.loaded or ShardSource(
-            _needed(self.inputs.shards, self.name, self.method, "a sample dataset"),
-            0,
-            self.params.training.batch_size,
-            self.processes.device,
-            statuses_of(self.method.losses),
-            train=self.inputs.train,
-        )
+        return self.loaded() if self.loaded else load_shards([self])
 
 
 Needed = TypeVar("Needed")
@@ -373,6 +371,27 @@ def _check_order(name: str, validation: Prepared, shards: BoundaryShards) -> Non
             f"class {place} is '{shown(theirs[place])}' there, '{shown(ours[place])}' here: prepare the dataset that "
             "they are of"
         )
+
+
+def load_shards(runs: Sequence[StudentRun]) -> ShardSource:
+    """Load the shards of runs that read the same ones, with samples if one of them uses any."""
+    first = runs[0]
+    statuses = next((found for run in runs if (found := statuses_of(run.method.losses))), ())
+    return ShardSource(
+        _needed(first.inputs.shards, first.name, first.method, "a sample dataset"),
+        0,
+        first.params.training.batch_size,
+        first.processes.device,
+        statuses,
+        train=first.inputs.train,
+    )
+
+
+def sharing_shards(runs: Sequence[StudentRun]) -> list[StudentRun]:
+    """Return runs that read the same shards, and load them once for all, when the first one needs them."""
+    readers = [run for run in runs if run.method.source == "shards"]
+    loaded = cache(partial(load_shards, readers))
+    return [replace(run, loaded=loaded) if run.method.source == "shards" else run for run in runs]
 
 
 @contextmanager

@@ -175,12 +175,17 @@ class ShardSource:
         return columns
 
     def _load_all(self) -> dict[str, Tensor]:
+        columns: dict[str, Tensor] = {}
         start = 0
         for shard in self.shards.manifest.shards:
             self._starts[shard.name] = start
+            for name, values in self._read([shard]).items():
+                if name not in columns:
+                    shape = (self.shards.manifest.totals.rows, *values.shape[1:])
+                    columns[name] = torch.empty(shape, dtype=values.dtype, device=self.device)
+                columns[name][start : start + shard.rows] = values
             start += shard.rows
-        parts = [self._read([shard]) for shard in self.shards.manifest.shards]
-        return {name: torch.cat([part[name].to(self.device) for part in parts]) for name in parts[0]}
+        return columns
 
     def _bytes(self) -> int:
         manifest = self.shards.manifest

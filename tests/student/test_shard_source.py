@@ -1,6 +1,7 @@
 """Sources of batches: what an epoch holds follows from (seed, epoch), wherever the data is kept."""
 
 import dataclasses
+import weakref
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -153,6 +154,24 @@ def test_where_shards_are_kept_is_decided_by_free_memory_and_changes_nothing(sha
     monkeypatch.setattr(source.shards, "read", lambda *a, read=source.shards.read: reads.append(a) or read(*a))
     assert_same_batches(source.epoch(1), expected)
     assert len(reads) == 10  # the blocks, under one view each
+
+
+def test_resident_shards_take_their_own_bytes_and_those_of_one_shard(shards, monkeypatch):
+    """Numbers of rows that are in memory at once while shards are loaded."""
+    read, held = ShardSource._read, []
+
+    def noted(source, entries):
+        assert len(entries) == 1
+        gone = [reference for reference in held if reference() is not None]
+        assert len(gone) <= 1  # the columns of the shard before may still be named
+        columns = read(source, entries)
+        held.append(weakref.ref(columns["delta"]))
+        return columns
+
+    monkeypatch.setattr(ShardSource, "_read", noted)
+    source = ShardSource(shards, 0, 32, CPU, ON_BOUNDARY, resident=True)
+    assert len(held) == len(shards.manifest.shards) > 2
+    assert source.is_resident
 
 
 @pytest.mark.parametrize("resident", [True, False])

@@ -13,6 +13,8 @@ from safetensors.torch import load
 
 from pipeline.core.errors import DataError, ParameterError, TrainingError
 from pipeline.networks.weights import load_weights, save_weights
+from pipeline.student.run import sharing_shards
+from pipeline.student.shard_source import ShardSource
 from pipeline.training import fit as training
 from pipeline.training.batches import BoundaryBatch, BoundarySamples, batches_of
 from pipeline.training.fit import curve_csv, learning_rate
@@ -467,3 +469,18 @@ def test_no_batch_is_a_single_row_that_is_left_over(rows, size, sizes):
     batches = list(batches_of(rows, size))
     assert [batch.stop - batch.start for batch in batches] == sizes
     assert [row for batch in batches for row in range(batch.start, batch.stop)] == list(range(rows))
+
+
+def test_runs_that_share_shards_load_them_once_and_end_as_those_that_do_not(tmp_path, sample_directory, monkeypatch):
+    few, loads, load_all = {"seeds": 1, "training.epochs": 2, "runtime.workers": 1}, [], ShardSource._load_all
+    monkeypatch.setattr(ShardSource, "_load_all", lambda source: loads.append(source.columns) or load_all(source))
+    methods = ("hinton", "original", "kd_bss", "dkd")
+    shared = sharing_shards([student_run(tmp_path / "shared", sample_directory, method, few) for method in methods])
+    together = [run.fit_all()[0].weights.read_bytes() for run in shared]
+    assert len(loads) == 1
+    assert "delta" in loads[0]  # which kd_bss needs
+    for method, weights in zip(methods, together, strict=True):
+        (alone,) = student_run(tmp_path / "alone", sample_directory, method, few).fit_all()
+        assert same_state(alone.weights.read_bytes(), weights)
+    assert len(loads) == 1 + 3
+    assert ["delta" in columns for columns in loads[1:]] == [False, True, False]
