@@ -70,7 +70,8 @@ def main(
     """Train a student by a method, once for each seed.
 
     Writes seed-N.safetensors, and curves.csv and metrics.json (accuracy on the validation split, fraction). Finished
-    seeds are kept in .work/fits: another seed trains only that one, and `dvc repro` after --all trains nothing again.
+    seeds are kept in .work/fits: more seeds train only the new ones, and `dvc repro` after --all trains nothing again.
+    Small networks on a CPU are trained four seeds at a time as one network; seeds beyond those asked for are kept, too.
     With --all, a student that cannot be trained is told and left out, and the exit code is 1.
 
     \b
