@@ -172,7 +172,7 @@ def epochs_of_sources(
     times: dict[str, list[float]] = {name: [] for name in sources}
     for run in tqdm(range(runs + 1), unit="epoch of each", disable=None):
         for name, (_, source) in sources.items():
-            seconds_each, _ = seconds_of(partial(fits[name].train_epoch, source, 0, start), device)
+            seconds_each, _ = seconds_of(partial(fits[name].train_epoch, source, 0, start, [0]), device)
             if run:  # the first one warms up
                 times[name].append(images / seconds_each)
     attack = {"name": "attack", "views_per_second": images * params.attack.views / seconds}
