@@ -21,6 +21,7 @@ from pipeline.evaluate.compare import compare, teacher_side
 from pipeline.images.pixels import pixels
 from pipeline.machine.processes import Processes
 from pipeline.networks import fast
+from pipeline.networks.classifier import move_to_
 from pipeline.networks.fast import folded, frozen, halved
 from pipeline.networks.weights import load_weights, save_weights
 from pipeline.search.table import SEARCHES, search_of
@@ -305,6 +306,13 @@ def trained(folder, method):
         patch.setattr(StudentRun, "_source", watch)
         on_device = state_of(student_run(folder, folder / "gpu", method, "cuda").fit(0))
     return on_cpu, on_device, watched[0].steps
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_in_half_precision_weights_are_channels_last(gpu, half):
+    network = move_to_(tiny_resnet(0), DEVICE, half).network
+    assert network.conv1.weight.device == DEVICE
+    assert network.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last) == half
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -145,14 +145,19 @@ def _checked(classifier: Classifier) -> Classifier:
     return classifier.train()
 
 
-def move_to_(model: Classifier, device: torch.device) -> Classifier:
+def move_to_(model: Classifier, device: torch.device, half: bool = False) -> Classifier:
     """Move the model itself to a device, its weights in the order that computes fastest there.
 
     On a CPU that is channels last, except for networks with very few channels, or whose code cannot take it: 1.2 to 2.5
-    times as fast.
+    times as fast. On a GPU it is channels last in half precision, which its tensor cores want.
+
+    Args:
+        model: what to move.
+        device: where it will compute.
+        half: its convolutions compute in half precision.
     """
     channels = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
-    if device.type == "cpu" and channels and min(channels) >= CHANNELS_LAST_FROM:
+    if channels and (min(channels) >= CHANNELS_LAST_FROM if device.type == "cpu" else half):
         channels_last_(model)
     return model.to(device)
 

@@ -181,7 +181,7 @@ class TrainingRun:
     def __init__(
         self, fabric: Fabric, classifier: Classifier, objective: Objective, training: Training, checkpoint: Path
     ) -> None:
-        classifier = move_to_(classifier, fabric.device)
+        classifier = move_to_(classifier, fabric.device, training.precision == "bf16-mixed")
         objective.terms.to(fabric.device)
         optimizer = torch.optim.SGD(
             [*classifier.parameters(), *objective.terms.parameters()],
