@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 from pipeline.core.errors import WeightsError
@@ -55,7 +56,7 @@ def train_teacher(
         key=key,
         architecture=architecture,
         source=source,
-        objective=Objective,
+        objective=partial(Objective, smoothing=teacher.training.label_smoothing),
         training=teacher.training,
         seed=teacher.seed,
         validation=validation,

@@ -12,7 +12,7 @@ from pipeline.core.parameters import load_params
 from tests.support.files import ROOT, run_stage, write_params
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder", "spirals")
-RECIPES = ("quick", "paper", "photographs")
+RECIPES = ("quick", "paper", "photographs", "gpu", "finetune")
 
 
 @pytest.fixture

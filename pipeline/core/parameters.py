@@ -98,16 +98,35 @@ class Views(Section):
 
 
 class Training(Section):
-    """One run of stochastic gradient descent with momentum."""
+    """One training run."""
 
     epochs: Count
     batch_size: Count
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Positive
-    momentum: Annotated[float, Field(ge=0, lt=1)]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(description="of sgd")
+    nesterov: bool = Field(False, description="of sgd: its momentum looks ahead")
     weight_decay: NotNegative
-    milestones: list[Fraction] = Field(description="fractions of the epochs at which the rate is divided")
+    schedule: Literal["steps", "cosine"] = Field("steps", description="how the learning rate falls")
+    warm_up: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="fraction of the epochs in which the learning rate rises, linearly"
+    )
+    milestones: list[Fraction] = Field(description="fractions of the epochs at which the rate of 'steps' is divided")
     divisor: Annotated[float, Field(ge=1)] = Field(description="of the learning rate at each milestone")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the labels in cross-entropy that is spread over all classes"
+    )
+    clip_norm: Positive | None = Field(None, description="largest norm of the gradients of a step; null for any")
+    averaged: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="fraction of the epochs, at the end, whose weights are averaged"
+    )
     precision: Literal["32-true", "bf16-mixed"]
+
+    @model_validator(mode="after")
+    def _momentum_looks_ahead(self) -> Training:
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            raise ValueError("'nesterov' is of optimizer 'sgd' with a momentum above 0")
+        return self
 
 
 class Teacher(Section):

@@ -195,7 +195,7 @@ class ExperimentRun:
         reads: dict[str, Any] = {
             "student": student,
             "method": method.model_dump(mode="json"),
-            "training": params.training.model_dump(),
+            "training": params.training.model_dump(exclude_defaults=True),
             "views": params.views.model_dump(),
             "train": train.digest,
             "validation": materials.validation.digest if materials.validation is not None else None,

@@ -169,7 +169,8 @@ class StudentRun:
     def _objective(self, student: Classifier) -> Objective:
         features = self.method.reads_features and self.teacher is not None
         teacher = frozen(self.teacher.model, self.processes.device) if features and self.teacher else None
-        return Objective(student, self.method.losses, teacher, self.method.cross_entropy)
+        smoothing = self.params.training.label_smoothing
+        return Objective(student, self.method.losses, teacher, self.method.cross_entropy, smoothing)
 
     def fit(self, seed: int, bar_position: int | None = 0) -> Fit:
         """Train with one seed, or find the finished run.
@@ -232,6 +233,7 @@ class StudentRun:
             self.processes.device.type == "cpu"
             and not self.processes.several
             and self.method.source != "online"
+            and self.params.training.clip_norm is None  # the norm is of one student's gradients
             and all(find_loss(name).takes_stacks for name in self.method.losses)
             and stacks_well(self.architecture)
         )

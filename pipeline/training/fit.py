@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from pipeline.core.errors import TrainingError
@@ -51,7 +54,17 @@ class Fit(NamedTuple):
 
 
 def learning_rate(training: Training, moment: Moment) -> float:
-    """Return the learning rate of an epoch: divided at each milestone that is passed in its stage."""
+    """Return the learning rate of an epoch of a stage.
+
+    It rises linearly while it warms up (Goyal et al., 2017). Then it follows half a cosine (Loshchilov & Hutter, 2017),
+    or is divided at each milestone that is passed.
+    """
+    rising = math.ceil(round(training.warm_up * moment.epochs, 6))
+    if moment.epoch < rising:
+        return training.learning_rate * (moment.epoch + 1) / rising
+    if training.schedule == "cosine":
+        fallen = (moment.epoch - rising) / (moment.epochs - rising)
+        return training.learning_rate * (1 + math.cos(math.pi * fallen)) / 2
     passed = sum(moment.epoch >= round(milestone * moment.epochs, 6) for milestone in training.milestones)
     return training.learning_rate / training.divisor**passed
 
@@ -183,16 +196,13 @@ class TrainingRun:
     ) -> None:
         classifier = move_to_(classifier, fabric.device, training.precision == "bf16-mixed")
         objective.terms.to(fabric.device)
-        optimizer = torch.optim.SGD(
-            [*classifier.parameters(), *objective.terms.parameters()],
-            training.learning_rate,
-            training.momentum,
-            weight_decay=training.weight_decay,
-            fused=True,
-        )
+        trained = [*classifier.parameters(), *objective.terms.parameters()]
+        optimizer = _optimizer(trained, training)
         self.fabric, self.objective, self.training, self.checkpoint = fabric, objective, training, checkpoint
         self.classifier = classifier
+        self.trained = trained
         self.model, self.optimizer = fabric.setup(classifier, optimizer)
+        self.mean = AveragedModel(classifier, use_buffers=True) if training.averaged else None
         self.curves: list[list[dict[str, float]]] = [[] for _ in range(members_of(classifier))]
         self.saved = time.monotonic()
 
@@ -215,9 +225,13 @@ class TrainingRun:
                 torch.manual_seed(task.seed * epochs + epoch + self.fabric.global_rank)
                 moment = self.objective.moment(epoch, epochs)
                 losses = self.train_epoch(source, epoch, moment, seeds)
+                network: nn.Module = self.model
+                if self.mean is not None and epoch >= round(epochs * (1 - self.training.averaged), 6):
+                    self.mean.update_parameters(self.classifier)
+                    network = self.mean.module
                 right = None
                 if task.validation is not None:
-                    right = accuracies(self.model, len(seeds), task.validation, self.fabric.device)
+                    right = accuracies(network, len(seeds), task.validation, self.fabric.device)
                 for number, curve in enumerate(self.curves):
                     row = {"epoch": epoch + 1.0, "learning_rate": learning_rate(self.training, moment)}
                     row["loss"] = losses[number]
@@ -227,6 +241,8 @@ class TrainingRun:
                 if self.fabric.is_global_zero and time.monotonic() - self.saved > CHECKPOINT_SECONDS:
                     self._save()
                 bar.update()
+        if self.mean is not None:
+            self.classifier.load_state_dict(self.mean.module.state_dict())
         if not all(torch.isfinite(value).all() for value in self.classifier.state_dict().values()):
             raise TrainingError("the weights are not finite at the end: try a lower learning rate")
         return self.curves
@@ -247,6 +263,8 @@ class TrainingRun:
             loss = factor * self.objective.loss(self.model, batch, moment)
             self.optimizer.zero_grad()
             self.fabric.backward(loss.sum())
+            if self.training.clip_norm:
+                clip_grad_norm_(self.trained, self.training.clip_norm)
             self.optimizer.step()
             losses.append(loss.detach())
         values = cast(Tensor, self.fabric.all_reduce(torch.stack(losses))).double().cpu().view(-1, len(seeds))
@@ -266,6 +284,7 @@ class TrainingRun:
             "model": self.classifier.state_dict(),
             "terms": self.objective.terms.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "mean": self.mean.state_dict() if self.mean is not None else None,
             "curves": self.curves,
         }
         content = io.BytesIO()
@@ -285,7 +304,19 @@ class TrainingRun:
         self.classifier.load_state_dict(state["model"])
         self.objective.terms.load_state_dict(state["terms"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.mean is not None:
+            self.mean.load_state_dict(state["mean"])
         self.curves = state["curves"]
+
+
+def _optimizer(parameters: list[nn.Parameter], training: Training) -> torch.optim.Optimizer:
+    """Return the optimiser of a run."""
+    rate, decay = training.learning_rate, training.weight_decay
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, rate, weight_decay=decay, fused=True)
+    return torch.optim.SGD(
+        parameters, rate, training.momentum, weight_decay=decay, nesterov=training.nesterov, fused=True
+    )
 
 
 def curve_csv(curves: Sequence[tuple[dict[str, Any], list[dict[str, float]]]]) -> str:

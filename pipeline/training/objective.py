@@ -44,6 +44,7 @@ class Objective:
         losses: parameters of the terms, by name.
         teacher: the teacher itself, where terms look at its layers.
         cross_entropy: weight of the cross-entropy with the labels.
+        smoothing: share of the labels that is spread over all classes (Szegedy et al., 2016).
 
     Raises:
         ParameterError: a layer does not exist, or features cannot be matched.
@@ -55,9 +56,10 @@ class Objective:
         losses: Mapping[str, Section] | None = None,
         teacher: Classifier | None = None,
         cross_entropy: float = 1.0,
+        smoothing: float = 0.0,
     ) -> None:
         losses = losses or {}
-        self.network, self.teacher, self.cross_entropy = network, teacher, cross_entropy
+        self.network, self.teacher, self.cross_entropy, self.smoothing = network, teacher, cross_entropy, smoothing
         student_layers, teacher_layers = feature_layers(losses.values())
         shapes = FeatureShapes(
             feature_shapes(network, student_layers),
@@ -99,7 +101,11 @@ class Objective:
             progress=progress,
         )
         labelled = 0.0 if moment.first_stage else self.cross_entropy
-        total = labelled * _cross_entropy(logits, batch.labels) if labelled else logits.new_zeros(logits.shape[:-2])
+        total = (
+            labelled * _cross_entropy(logits, batch.labels, self.smoothing)
+            if labelled
+            else logits.new_zeros(logits.shape[:-2])
+        )
         for term in stage.terms:
             total = total + term(step)
         return total
@@ -113,8 +119,10 @@ class Objective:
         return features
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """Return the mean cross-entropy (...) of logits (..., N, classes) with labels (..., N)."""
     if labels.dim() == 1:
-        return F.cross_entropy(logits, labels)
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape).mean(-1)
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    flat = logits.flatten(0, -2), labels.flatten()
+    losses = F.cross_entropy(*flat, reduction="none", label_smoothing=smoothing)
+    return losses.view(labels.shape).mean(-1)
