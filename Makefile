@@ -12,7 +12,7 @@ help:
 	@echo "make experiment-NAME  one comparison: $(EXPERIMENTS) photographs"
 	@echo "make experiments  all of them but photographs (an hour and a half on two cores)"
 	@echo "make test    install into .venv, check style and types, run all tests"
-	@echo "make bench   measure everything in docs/BENCHMARKS.md again (half an hour; needs real images, see there)"
+	@echo "make bench   measure everything in docs/BENCHMARKS.md again (an hour; needs real images, see there)"
 	@echo "make lint    check style and types only"
 	@echo "make style   rewrite the code in the project's style"
 	@echo "make ... PYTHON=python3.12  with another Python than python3 in .venv"
@@ -36,7 +36,9 @@ test: lint
 
 bench:
 	@.ci/environment "$(PYTHON)" bench
+	@python -m pip install --quiet --no-deps --constraint constraints.txt adv-lib # but not visdom, see benchmarks/peers.py
 	python -m benchmarks.attack
+	python -m benchmarks.peers
 	python -m benchmarks.students
 	python -m benchmarks.shards
 

@@ -119,9 +119,16 @@ def with_foolbox(
     """Return an attack of foolbox, by the name of its class."""
     import foolbox
 
+    return foolbox_samples(getattr(foolbox.attacks, attack)(**options), teacher, todo, targeted)
+
+
+def foolbox_samples(attack: Any, teacher: nn.Module, todo: Searches, targeted: bool) -> Tensor:
+    """Return samples (R, C, H, W) of an attack that is an object of foolbox."""
+    import foolbox
+
     model = foolbox.PyTorchModel(teacher, bounds=(0, 1), device=todo.images.device)
     criterion = foolbox.criteria.TargetedMisclassification(todo.target) if targeted else todo.base
-    samples: Tensor = getattr(foolbox.attacks, attack)(**options)(model, todo.images, criterion, epsilons=None)[1]
+    samples: Tensor = attack(model, todo.images, criterion, epsilons=None)[1]
     return samples
 
 
@@ -140,9 +147,6 @@ METHODS = {
     "plain loop of the paper's rule, as released": Method(512, True, partial(plain_loop, frozen=False)),
     "the same, teacher frozen": Method(512, True, partial(plain_loop, frozen=True)),
     DDN: Method(256, True, partial(with_foolbox, attack="DDNAttack", targeted=True, steps=100)),
-    "foolbox FMN, targeted, 100 steps": Method(
-        96, True, partial(with_foolbox, attack="L2FMNAttack", targeted=True, steps=100)
-    ),
     "foolbox L2 DeepFool": Method(48, False, partial(with_foolbox, attack="L2DeepFoolAttack", targeted=False)),
     "torchattacks DeepFool": Method(24, False, with_torchattacks),
 }

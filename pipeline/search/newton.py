@@ -353,7 +353,7 @@ class NewtonSearch:
     """Gradients whose mean leads to the boundary, where the first ones come near it.
 
     One alone is noisy. The mean of three leads to a sample about 10 % nearer than two steps of one each, of seven to
-    one as near as a hundred steps of a minimising attack.
+    one as near as what a hundred steps of DDN return.
     """
     quantise: bool = True
     """Round directions to int8; otherwise they stay float32."""
