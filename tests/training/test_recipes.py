@@ -63,14 +63,14 @@ def test_a_rate_warms_up_linearly_and_then_follows_its_schedule():
 @pytest.mark.parametrize(
     ("changes", "make"),
     [
-        ({}, lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=1e-4)),
-        ({"nesterov": True}, lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=1e-4, nesterov=True)),
-        ({"optimizer": "adamw"}, lambda p: torch.optim.AdamW(p, 0.1, weight_decay=1e-4)),
+        ({}, lambda p: torch.optim.SGD(p, 0.001, 0.9, weight_decay=1e-4)),
+        ({"nesterov": True}, lambda p: torch.optim.SGD(p, 0.001, 0.9, weight_decay=1e-4, nesterov=True)),
+        ({"optimizer": "adamw"}, lambda p: torch.optim.AdamW(p, 0.001, weight_decay=1e-4)),
     ],
 )
 def test_an_optimiser_is_torchs(changes, make):
     given = tiny_params({f"training.{key}": value for key, value in changes.items()}).training
-    given = given.model_copy(update={"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 1e-4})
+    given = given.model_copy(update={"learning_rate": 0.001, "momentum": 0.9, "weight_decay": 1e-4})
     ends = []
     for made in (lambda parameters: training._optimizer(parameters, given), make):
         network = tiny_resnet(0).double().requires_grad_()
