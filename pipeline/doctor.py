@@ -26,6 +26,7 @@ from pipeline.core.text import leaves
 from pipeline.core.timings import read_records
 from pipeline.images.prepared import read_prepared
 from pipeline.machine.processor import Limit, cores, processor, threads
+from pipeline.networks.pretrained import LIBRARY
 from pipeline.shards.format import columns_of
 
 NEEDED = ("torch", "torchvision", "h5py", "numpy", "pydantic", "safetensors", "lightning-fabric", "altair")
@@ -131,9 +132,11 @@ def _dataset(params: Params) -> Iterator[Line]:
         yield Line("ok", "dataset", f"images of {path}")
     else:
         yield Line("ok", "dataset", f"{name}, from {path}, or downloaded to it")
-    for key, given in (("weights", params.teacher.weights), ("pretrained", params.teacher.pretrained)):
-        if given and not Path(given).is_file():
-            yield Line("problem", "teacher", f"teacher.{key}: {given} does not exist")
+    files = {"teacher.weights": params.teacher.weights, "teacher.pretrained": params.teacher.pretrained}
+    files |= {f"pretrained.{student}": given for student, given in params.pretrained.items()}
+    for key, given in files.items():
+        if given not in (None, LIBRARY) and not Path(given).is_file():
+            yield Line("problem", key.partition(".")[0], f"{key}: {given} does not exist")
 
 
 def disk(folder: Path, params: Params, free: int | None = None) -> Iterator[Line]:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from pipeline.core.errors import WeightsError
 from pipeline.core.extensions import own_modules
-from pipeline.core.files import file_digest
 from pipeline.core.parameters import Params, Teacher
 from pipeline.core.provenance import code_digest, fingerprint
 from pipeline.core.store import Store
 from pipeline.images.prepared import Prepared
 from pipeline.machine.processes import Processes
 from pipeline.networks.classifier import Architecture, architecture_for
-from pipeline.networks.weights import load_weights, read_architecture
+from pipeline.networks.pretrained import read_start
+from pipeline.networks.weights import read_architecture
 from pipeline.training.batches import FreshSource
 from pipeline.training.fit import Fit, FitTask, fit, processes_of
 from pipeline.training.objective import Objective
@@ -36,12 +36,11 @@ def train_teacher(
     """
     teacher, views = params.teacher, params.views
     architecture = teacher_architecture(teacher, train)
-    pretrained = Path(teacher.pretrained) if teacher.pretrained else None
-    start = load_weights(pretrained, architecture).network.state_dict() if pretrained else None
+    start = read_start(teacher.pretrained, architecture) if teacher.pretrained else None
     key = fingerprint(
         architecture._asdict(),
         teacher.model_dump(exclude={"weights", "pretrained"}),
-        file_digest(pretrained) if pretrained else None,
+        start.digest if start else None,
         views.model_dump(),
         [train.digest, validation.digest if validation is not None else None],
         teacher_code(teacher.network),
@@ -60,7 +59,7 @@ def train_teacher(
         training=teacher.training,
         seed=teacher.seed,
         validation=validation,
-        start=start,
+        start=start.state if start else None,
         description="teacher",
     )
     return fit(task, processes, store)
@@ -73,14 +72,14 @@ def teacher_architecture(teacher: Teacher, data: Prepared) -> Architecture:
         WeightsError: the parameters give another number of channels than the images have.
     """
     architecture = architecture_for(teacher.network, data)
-    described = None
-    if given := teacher.weights or teacher.pretrained:
-        with contextlib.suppress(WeightsError):  # without a description, or with another program's: not needed
-            described = read_architecture(Path(given))
     if teacher.mean and teacher.std:
         architecture = architecture._replace(mean=tuple(teacher.mean), std=tuple(teacher.std))
-    elif described:
-        architecture = architecture._replace(mean=described.mean, std=described.std)
+    elif teacher.pretrained:
+        architecture = read_start(teacher.pretrained, architecture).normalised_as(architecture)
+    elif teacher.weights:
+        with contextlib.suppress(WeightsError):  # without a description, or with another program's: not needed
+            if described := read_architecture(Path(teacher.weights)):
+                architecture = architecture._replace(mean=described.mean, std=described.std)
     if len(architecture.mean) != data.image_shape[0]:
         raise WeightsError(
             f"the teacher normalises {len(architecture.mean)} channels, the images have {data.image_shape[0]}: set "

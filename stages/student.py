@@ -102,6 +102,9 @@ def main(
                 stack.enter_context(lock(WORK / f"student-{run.name}.lock", say))
         processes.barrier()  # all processes look for finished runs when nobody else writes
         unfinished = [run.unfinished() for run in runs]
+        for run in runs:
+            if run.start and run.start.anew:
+                say(f"{run.name}: the classifier is for other classes and begins anew: {', '.join(run.start.anew)}")
         for architecture in dict.fromkeys(
             run.architecture for run, seeds in zip(runs, unfinished, strict=True) if seeds
         ):

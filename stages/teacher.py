@@ -20,6 +20,7 @@ from pipeline.machine.processes import Processes
 from pipeline.networks.checkpoint import INDEX, convert_checkpoint
 from pipeline.networks.loading import examined, try_out
 from pipeline.networks.predict import accuracy
+from pipeline.networks.pretrained import read_start
 from pipeline.networks.weights import load_weights, save_weights
 from pipeline.teacher import teacher_architecture, train_teacher
 from pipeline.training.fit import curve_csv
@@ -73,7 +74,11 @@ def main(context: click.Context, params_path: Path, prepared: Path, out: Path, r
             return
         teacher, curve = load_weights(result.weights), result.curve
         pretrained, epochs = params.teacher.pretrained, params.teacher.training.epochs
-        trained = f"fine-tuned from {pretrained}" if pretrained else "trained"
+        trained = "trained"
+        if pretrained:
+            trained = f"fine-tuned from {pretrained}"
+            if anew := read_start(pretrained, teacher.architecture).anew:
+                say(f"{pretrained}: the classifier is for other classes, and began anew: {', '.join(anew)}")
         origin = "finished before" if result.reused else f"{trained} for {epochs} epochs"
     device = set_up_device(params.runtime)
     found = examined(teacher, train, device, trained_here=not params.teacher.weights)

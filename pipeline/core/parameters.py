@@ -120,6 +120,7 @@ class Training(Section):
     averaged: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="fraction of the epochs, at the end, whose weights are averaged"
     )
+    frozen: list[Line] = Field([], description="layers that keep their weights, by the names of their modules")
     precision: Literal["32-true", "bf16-mixed"]
 
     @model_validator(mode="after")
@@ -134,7 +135,9 @@ class Teacher(Section):
 
     network: NetworkName
     weights: PathText | None = Field(description="safetensors file to import instead of training")
-    pretrained: PathText | None = Field(description="safetensors file of the same network that training goes on from")
+    pretrained: PathText | None = Field(
+        description="what training goes on from: a safetensors file of the same network, or 'library'"
+    )
     mean: list[float] | None = Field(description="per channel, to normalise by; by default, of the training split")
     std: list[Positive] | None = Field(description="per channel, to normalise by; by default, of the training split")
     seed: Seed
@@ -306,6 +309,9 @@ class Params(Section):
     attack: Attack
     card: Card
     students: Annotated[list[NetworkName], Field(min_length=1)] = Field(description="networks to train")
+    pretrained: dict[NetworkName, PathText] = Field(
+        {}, description="what training of students goes on from: a safetensors file of the same network, or 'library'"
+    )
     methods: Annotated[list[Name], Field(min_length=1)] = Field(description="names from `method` to train them with")
     seeds: Count = Field(description="runs of each student and method")
     method: dict[Name, Method]
@@ -375,7 +381,12 @@ def check_params(values: Any, source: str) -> Params:
 
 def for_workers(params: Params) -> str:
     """Return parameters as JSON for `check_params` in a process that runs in another folder."""
-    return params.model_copy(update={"code": str(Path(params.code).absolute())}).model_dump_json()
+
+    def whole(place: str) -> str:
+        return str(Path(place).absolute())
+
+    files = {name: given if given == "library" else whole(given) for name, given in params.pretrained.items()}
+    return params.model_copy(update={"code": whole(params.code), "pretrained": files}).model_dump_json()
 
 
 def in_words(error: ValidationError) -> str:

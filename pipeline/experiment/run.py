@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pipeline.attack.dataset import SampleDataset, make_samples, shard_code
 from pipeline.core.errors import DataError, PipelineError, TrainingError
+from pipeline.core.files import file_digest
 from pipeline.core.parameters import Method, Params
 from pipeline.core.provenance import fingerprint
 from pipeline.core.status import Status
@@ -29,6 +30,7 @@ from pipeline.images.prepared import Prepared
 from pipeline.machine.processes import Processes
 from pipeline.machine.processor import processor
 from pipeline.networks.loading import Loaded, load_with_digest
+from pipeline.networks.pretrained import LIBRARY
 from pipeline.prepare.splits import part_by_class
 from pipeline.shards.reader import BoundaryShards
 from pipeline.student.inputs import StudentInputs
@@ -210,6 +212,8 @@ class ExperimentRun:
         if method.source == "shards":
             reads["attack"] = params.attack.model_dump(exclude={"compression"})
             codes.append(shard_code(params.search.name if uses_samples else None, network))
+        if given := params.pretrained.get(student):
+            reads["start"] = given if given == LIBRARY else file_digest(Path(given))
         if uses_samples:
             reads["search"] = params.search.model_dump()
         return reads, fingerprint(codes)

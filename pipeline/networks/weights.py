@@ -59,11 +59,19 @@ def load_weights(path: Path | str, architecture: Architecture | None = None) -> 
         architecture = read_architecture(path)
     if architecture is None:
         raise WeightsError(f"{path}: no description of its network in the metadata")
-    with _opened(path) as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     model = build(architecture)
-    _load_state(model.network, state, path, architecture)
+    _load_state(model.network, read_state(path), path, architecture)
     return model
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by name.
+
+    Raises:
+        WeightsError: the file is missing, or no safetensors file.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from pipeline.machine.processes import Processes
 from pipeline.networks.classifier import Architecture, Classifier, architecture_for, build
 from pipeline.networks.fast import frozen
 from pipeline.networks.loading import Loaded, load_with_digest
+from pipeline.networks.pretrained import Start, read_start
 from pipeline.networks.stack import MEMBERS, stacks_well
 from pipeline.networks.weights import load_weights
 from pipeline.search.table import module_of, search_of
@@ -88,6 +89,8 @@ class StudentRun:
     """Where to train."""
     store: Store
     """Where finished fits are kept."""
+    start: Start | None = None
+    """What training goes on from; None for first weights that follow from the seed."""
     loaded: Callable[[], ShardSource] | None = None
     """Gives the shards, where several runs share them; otherwise each run loads them when it needs them."""
 
@@ -110,7 +113,10 @@ class StudentRun:
             ParameterError: the method cannot train this network.
         """
         name, chosen = f"{student}-{method}", params.method[method]
-        architecture = _architecture_of(student, name, chosen, inputs)
+        architecture, start = _architecture_of(student, name, chosen, inputs), None
+        if given := params.pretrained.get(student):
+            start = read_start(given, architecture)
+            architecture = start.normalised_as(architecture)
         teacher = _teacher_of(name, chosen, inputs)
         run = cls(
             name=name,
@@ -119,7 +125,8 @@ class StudentRun:
             architecture=architecture,
             teacher=teacher,
             inputs=inputs,
-            reads=_reads_of(params, chosen, architecture, teacher, inputs),
+            reads=_reads_of(params, chosen, architecture, teacher, inputs) | ({"start": start.digest} if start else {}),
+            start=start,
             processes=processes,
             store=store,
         )
@@ -207,6 +214,7 @@ class StudentRun:
             seed=seed,
             validation=self.inputs.validation,
             description=description,
+            start=self.start.state if self.start else None,
         )
 
     def key(self, seed: int) -> str:

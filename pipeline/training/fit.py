@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from pipeline.core.errors import TrainingError
+from pipeline.core.errors import ParameterError, TrainingError
 from pipeline.core.files import write_atomically, write_json
 from pipeline.core.parameters import Training
 from pipeline.core.store import Store
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 CHECKPOINT_SECONDS = 5.0
+LAYERS_NAMED = 30  # in messages
 DIGEST_BYTES = sha256().digest_size  # before the content of a checkpoint
 WEIGHTS, CURVE = "weights.safetensors", "curve.json"
 CHECKPOINT, STACK_CHECKPOINT = "checkpoint.pt", "stack.pt"  # the latter is kept under the key of the first member
@@ -89,7 +90,7 @@ class FitTask:
     description: str
     """For progress."""
     start: Mapping[str, Tensor] | None = None
-    """State of the network to go on from; None for first weights that follow from the seed."""
+    """State of the network to go on from; what it lacks follows from the seed."""
 
 
 def fit(task: FitTask, processes: Processes, store: Store, bar_position: int | None = 0) -> Fit:
@@ -165,7 +166,7 @@ def _first_network(task: FitTask) -> Classifier:
     torch.manual_seed(task.seed)
     classifier = build(task.architecture)
     if task.start is not None:
-        classifier.network.load_state_dict(task.start)
+        classifier.network.load_state_dict(task.start, strict=False)
     return classifier
 
 
@@ -196,7 +197,8 @@ class TrainingRun:
     ) -> None:
         classifier = move_to_(classifier, fabric.device, training.precision == "bf16-mixed")
         objective.terms.to(fabric.device)
-        trained = [*classifier.parameters(), *objective.terms.parameters()]
+        self.frozen = _frozen_layers(classifier, training.frozen)
+        trained = [each for each in classifier.parameters() if each.requires_grad] + [*objective.terms.parameters()]
         optimizer = _optimizer(trained, training)
         self.fabric, self.objective, self.training, self.checkpoint = fabric, objective, training, checkpoint
         self.classifier = classifier
@@ -253,6 +255,8 @@ class TrainingRun:
         The host waits for the device once, at the end.
         """
         self.model.train()
+        for layer in self.frozen:
+            layer.eval()  # batch norm keeps what it knows
         if moment.epoch == 0:
             self.optimizer.state.clear()  # a second stage begins without the first one's momentum
         for group in self.optimizer.param_groups:
@@ -307,6 +311,18 @@ class TrainingRun:
         if self.mean is not None:
             self.mean.load_state_dict(state["mean"])
         self.curves = state["curves"]
+
+
+def _frozen_layers(classifier: Classifier, names: Sequence[str]) -> list[nn.Module]:
+    """Return the layers of a network that are not trained, after their parameters have been told so."""
+    layers = dict(classifier.network.named_modules())
+    for name in names:
+        if name not in layers or not name:
+            known = ", ".join([each for each in layers if each][:LAYERS_NAMED])
+            network = classifier.architecture.network
+            raise ParameterError(f"frozen: network '{network}' has no layer '{name}', expected some of: {known}")
+        layers[name].requires_grad_(False)
+    return [layers[name] for name in names]
 
 
 def _optimizer(parameters: list[nn.Parameter], training: Training) -> torch.optim.Optimizer:
