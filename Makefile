@@ -32,7 +32,7 @@ experiment-%: environment
 experiments: $(EXPERIMENTS:%=experiment-%)
 
 test: lint
-	python -m pytest -n logical --maxprocesses 8 --dist loadfile
+	python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 bench:
 	@.ci/environment "$(PYTHON)" bench

@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,3 +17,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+LONGEST_FIRST = (
+    "docs/test_docs.py",
+    "stages/test_stages.py",
+    "stages/test_faults.py",
+    "stages/test_pipeline.py",
+    "stages/test_cli.py",
+    "docs/test_readme.py",
+    "report/test_report.py",
+    "experiment/test_experiment.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Let files that take minutes begin first: several processes, a file each, then end together."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))

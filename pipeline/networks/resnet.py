@@ -11,7 +11,7 @@ from pipeline.networks.grouped import conv, linear, norm, pad_channels
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut without parameters (He et al., 2016, option A)."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, members: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, members: int = 1) -> None:
         super().__init__()
         self.conv1 = conv(in_channels, out_channels, stride, members)
         self.bn1 = norm(out_channels, members)

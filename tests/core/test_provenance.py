@@ -136,7 +136,7 @@ EDITS = {
         "losses/bss.py", "start * (1 - progress / zero_at)", "start * (2 - progress / zero_at)", {"bss", "bss online"}
     ),
     "a loss that another one uses": Edit(
-        "losses/hinton.py", "logits / temperature, dim=1)\n", "logits, dim=1)\n", {"hinton", "bss", "bss online"}
+        "losses/hinton.py", "logits / temperature, dim=-1)\n", "logits, dim=-1)\n", {"hinton", "bss", "bss online"}
     ),
     "a loss alone": Edit("losses/dkd.py", "temperature**2 * target", "temperature * target", {"dkd"}),
     "the fit loop": Edit("training/fit.py", "task.seed * epochs", "task.seed + epochs", FITS),
