@@ -51,6 +51,10 @@ class Classifier(nn.Module):
         logits: Tensor = self.network(normalised)
         return logits
 
+    def black_images(self, count: int) -> Tensor:
+        """Return so many images that it takes, on its device."""
+        return torch.zeros(count, *self.architecture.image_shape, device=self.mean.device)
+
 
 def build(architecture: Architecture) -> Classifier:
     """Build a classifier with fresh weights, drawn from torch's global generator.
@@ -169,7 +173,7 @@ def channels_last_(model: Classifier) -> bool:
     Returns:
         Whether they are in that order.
     """
-    training, images = model.training, torch.zeros(2, *model.architecture.image_shape, device=model.mean.device)
+    training, images = model.training, model.black_images(2)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
         model.eval()(images)

@@ -32,6 +32,9 @@ class Stack(Classifier):
         logits: Tensor = self.network(normalised)
         return logits.view(len(logits), self.members, -1).transpose(0, 1)
 
+    def black_images(self, count: int) -> Tensor:
+        return super().black_images(count).expand(self.members, -1, -1, -1, -1)
+
     def states(self) -> list[dict[str, Tensor]]:
         """Return the state of each member's network, which `load_state_dict` of one takes."""
         whole = self.network.state_dict()

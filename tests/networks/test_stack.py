@@ -43,6 +43,12 @@ def test_a_stack_computes_what_its_members_do(network, training):
             torch.testing.assert_close(mine, value.grad, rtol=1e-9, atol=1e-9)
 
 
+def test_a_stack_on_a_cpu_has_its_channels_last():
+    stack = move_to_(Stack(members(architecture())), CPU)
+    assert stack.network.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not stack.network.layer1[0].conv1.weight.is_contiguous()
+
+
 def test_the_states_of_a_stack_are_those_of_its_members():
     alone = members(architecture())
     stack = Stack(alone)
