@@ -17,7 +17,7 @@ from pipeline.core.status import Status
 from pipeline.shards.format import columns_of
 from pipeline.shards.reader import BoundaryShards
 from tests.support.files import sample_dataset
-from tests.support.helpers import in_memory
+from tests.support.helpers import in_memory, searching, tiny_resnet
 
 pytestmark = pytest.mark.faults
 
@@ -57,7 +57,7 @@ def write_all(directory):
     changes = {"attack.views": VIEWS, "attack.rows_per_shard": BLOCK, "views.flip": False}
     dataset = sample_dataset(directory, train, changes)
     with mock.patch.object(attack_dataset, "shard_values", found):
-        for _ in dataset.make(None, dataset.missing()):
+        for _ in dataset.make(searching(tiny_resnet(0)), dataset.missing()):
             pass
     dataset.publish(directory / "bss")
 
