@@ -89,7 +89,7 @@ def benchmark_params(device: str) -> Params:
 def first_images(train: Prepared, count: int) -> Prepared:
     """Return a smaller split, with a digest of its own."""
     images, labels = train.images[:count], train.labels[:count]
-    digest = content_digest([images], train.image_shape, labels, train.class_names)
+    digest = content_digest([images], train.images.shape[1:], labels, train.class_names)
     return train._replace(images=images, labels=labels, digest=digest)
 
 

@@ -153,9 +153,10 @@ def disk(folder: Path, params: Params, free: int | None = None) -> Iterator[Line
     except PipelineError:
         yield Line("ok", "disk", f"{free / 1e9:,.1f} GB free; what is needed is known after: python -m stages.prepare")
         return
-    columns = columns_of(train.image_shape, len(train.class_names), params.attack.targets, params.attack.embed_images)
+    attack, sizes = params.attack, (train.view_shape, len(train.class_names))
+    columns = columns_of(*sizes, attack.targets, attack.embed_images, params.views, train.images.shape[2:])
     row = sum(prod(column.shape) * np.dtype(column.dtype).itemsize for column in columns.values())
-    need = COPIES * row * len(train.labels) * params.attack.views
+    need = COPIES * row * len(train.labels) * attack.views
     text = f"{free / 1e9:,.1f} GB free, {need / 1e9:,.2f} GB for {COPIES} copies of the samples"
     if need > free:
         text += ": free some, lower attack.views, or set attack.embed_images: false"

@@ -13,9 +13,9 @@ from pipeline.core.provenance import code_digest, fingerprint
 from pipeline.core.store import Store
 from pipeline.images.prepared import Prepared
 from pipeline.machine.processes import Processes
-from pipeline.networks.classifier import Architecture, architecture_for
-from pipeline.networks.pretrained import read_start
-from pipeline.networks.weights import read_architecture
+from pipeline.networks.classifier import Architecture, Classifier, architecture_for, build
+from pipeline.networks.pretrained import LIBRARY, read_start
+from pipeline.networks.weights import load_weights, read_architecture
 from pipeline.training.batches import FreshSource
 from pipeline.training.fit import Fit, FitTask, fit, processes_of
 from pipeline.training.objective import Objective
@@ -41,7 +41,7 @@ def train_teacher(
         architecture._asdict(),
         teacher.model_dump(exclude={"weights", "pretrained"}),
         start.digest if start else None,
-        views.model_dump(),
+        views.model_dump(exclude_defaults=True),
         [train.digest, validation.digest if validation is not None else None],
         teacher_code(teacher.network),
         *processes_of(processes),
@@ -65,6 +65,27 @@ def train_teacher(
     return fit(task, processes, store)
 
 
+def imported_teacher(teacher: Teacher, data: Prepared) -> Classifier:
+    """Return the teacher that `teacher.weights` names, for the images of a split.
+
+    Raises:
+        WeightsError: the weights are unusable, of another network or for other classes.
+    """
+    architecture = teacher_architecture(teacher, data)
+    if teacher.weights != LIBRARY:
+        return load_weights(Path(str(teacher.weights)), architecture)
+    start = read_start(LIBRARY, architecture)
+    if start.anew:
+        raise WeightsError(
+            f"teacher.weights: those of the library for {teacher.network} are for other classes than the "
+            f"{architecture.classes} of the prepared data: fine-tune them with teacher.weights: null and "
+            "teacher.pretrained: library"
+        )
+    model = build(architecture)
+    model.network.load_state_dict(start.state, strict=False)  # counters of batches may be missing
+    return model
+
+
 def teacher_architecture(teacher: Teacher, data: Prepared) -> Architecture:
     """Return the teacher's architecture; it normalises as the parameters say, else its weights file, else the data.
 
@@ -74,15 +95,15 @@ def teacher_architecture(teacher: Teacher, data: Prepared) -> Architecture:
     architecture = architecture_for(teacher.network, data)
     if teacher.mean and teacher.std:
         architecture = architecture._replace(mean=tuple(teacher.mean), std=tuple(teacher.std))
-    elif teacher.pretrained:
-        architecture = read_start(teacher.pretrained, architecture).normalised_as(architecture)
+    elif teacher.pretrained or teacher.weights == LIBRARY:
+        architecture = read_start(teacher.pretrained or LIBRARY, architecture).normalised_as(architecture)
     elif teacher.weights:
         with contextlib.suppress(WeightsError):  # without a description, or with another program's: not needed
             if described := read_architecture(Path(teacher.weights)):
                 architecture = architecture._replace(mean=described.mean, std=described.std)
-    if len(architecture.mean) != data.image_shape[0]:
+    if len(architecture.mean) != data.view_shape[0]:
         raise WeightsError(
-            f"the teacher normalises {len(architecture.mean)} channels, the images have {data.image_shape[0]}: set "
+            f"the teacher normalises {len(architecture.mean)} channels, the images have {data.view_shape[0]}: set "
             "teacher.mean and teacher.std, or dataset.channels"
         )
     return architecture

@@ -22,7 +22,7 @@ from pipeline.networks.loading import examined, try_out
 from pipeline.networks.predict import accuracy
 from pipeline.networks.pretrained import read_start
 from pipeline.networks.weights import load_weights, save_weights
-from pipeline.teacher import teacher_architecture, train_teacher
+from pipeline.teacher import imported_teacher, teacher_architecture, train_teacher
 from pipeline.training.fit import curve_csv
 from stages.cli import (
     EXIT_CODES,
@@ -61,7 +61,7 @@ def main(context: click.Context, params_path: Path, prepared: Path, out: Path, r
     params = load_params(params_path)
     train, validation = read_prepared(prepared / "train.h5"), read_validation(prepared / "validation.h5")
     if params.teacher.weights:
-        teacher = load_weights(Path(params.teacher.weights), teacher_architecture(params.teacher, train))
+        teacher = imported_teacher(params.teacher, train)
         curve: list[dict[str, float]] = []
         origin = f"imported from {params.teacher.weights}"
     else:

@@ -12,7 +12,7 @@ from pipeline.core.parameters import load_params
 from tests.support.files import ROOT, run_stage, write_params
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder", "spirals")
-RECIPES = ("quick", "paper", "photographs", "gpu", "finetune")
+RECIPES = ("quick", "paper", "photographs", "gpu", "finetune", "imagenet")
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_nothing_to_change_leaves_the_file_alone(params):
         ("attack=3", "attack: is a group of parameters"),
         ("seeds.first=3", "seeds"),
         ("attack.views=[1", "attack.views=[1: not valid YAML"),
-        ("presets/imagenet.yaml", "presets/imagenet.yaml: cannot be read"),
+        ("presets/caltech.yaml", "presets/caltech.yaml: cannot be read"),
         ("views", "views: cannot be read"),
         ("=3", "unknown parameter"),
         ("dataset.path=2023-99-99", "not valid YAML"),

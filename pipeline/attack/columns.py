@@ -81,8 +81,9 @@ class _Part(NamedTuple):
     @classmethod
     def of(cls, search: TeacherSearch, train: Prepared, block: Block, views: Views, attack: Attack) -> _Part:
         rows = slice(block.start, block.start + block.rows)
-        drawn = draw_views(attack.seed, block.view, block.start, block.rows, views.padding, views.flip)
-        seen = _cut(train.images[rows], drawn, views.padding, search.device)
+        sizes = train.images.shape[2:], train.view_shape[1:]
+        drawn = draw_views(attack.seed, block.view, block.start, block.rows, views, *sizes)
+        seen = _cut(train, train.images[rows], drawn, views.padding, search.device)
         images = pixels(seen)
         logits = search.logits(images).cpu().numpy()
         labels = train.labels[rows]
@@ -98,7 +99,7 @@ class _Part(NamedTuple):
             "flip": drawn.flip,
             "teacher_logits": logits,
             "target": np.where(correct[:, None], target, -1).astype(np.int16),
-            "delta": np.zeros((*samples, *train.image_shape), np.int8),
+            "delta": np.zeros((*samples, *train.view_shape), np.int8),
             "delta_scale": np.zeros(samples, np.float32),
             "boundary_logits": np.repeat(logits[:, None], attack.targets, 1),
             "margin": np.zeros(samples, np.float32),
@@ -106,6 +107,8 @@ class _Part(NamedTuple):
             "status": np.full(samples, Status.BASE_MISCLASSIFIED, np.uint8),
             "evaluations": np.zeros(samples, np.uint16),
         }
+        if drawn.colour.shape[1]:
+            values["colour"] = drawn.colour
         if attack.embed_images:
             values["image"] = seen.cpu().numpy()
         return cls(values, images, correct, torch.from_numpy(correct).to(search.device))
@@ -150,10 +153,11 @@ def _search_into(
         values["boundary_logits"][lost] = image_logits[lost]
 
 
-def _cut(images: NDArray[np.uint8], drawn: ViewParameters, padding: int, device: torch.device) -> Tensor:
+def _cut(
+    train: Prepared, images: NDArray[np.uint8], drawn: ViewParameters, padding: int, device: torch.device
+) -> Tensor:
     """Return views (N, C, H, W) uint8 of images as they were drawn, cut on the device."""
-    on_device, crop, flip = (torch.from_numpy(each).to(device) for each in (images, drawn.crop, drawn.flip))
-    return apply_views(on_device, crop, flip, padding)
+    return apply_views(torch.from_numpy(images).to(device), *drawn.on(device), padding, train.view_shape[1:])
 
 
 def _other_views(
@@ -162,10 +166,11 @@ def _other_views(
     """Return another view (rows, targets, C, H, W) uint8 for each sample of a block: of its image, or of any one."""
     count, images = attack.targets, len(train.labels)
     start, rows = block.start * count, block.rows * count
-    drawn = draw_views(attack.seed, block.view, start, rows, views.padding, views.flip, Stream.OTHER_VIEWS)
+    sizes = train.images.shape[2:], train.view_shape[1:]
+    drawn = draw_views(attack.seed, block.view, start, rows, views, *sizes, Stream.OTHER_VIEWS)
     index = np.arange(start, start + rows) // count
     if image == "any":
         numbers = uniforms(attack.seed, Stream.OTHER_IMAGES, block.view, start, rows, 1)
         index = (numbers[:, 0] * images).astype(np.int64)
-    seen = _cut(train.images[index], drawn, views.padding, device)
-    return seen.reshape(block.rows, count, *train.image_shape)
+    seen = _cut(train, train.images[index], drawn, views.padding, device)
+    return seen.reshape(block.rows, count, *train.view_shape)

@@ -33,7 +33,7 @@ from pipeline.search.table import module_of, search_of
 from pipeline.search.teacher_search import TeacherSearch
 from pipeline.shards.check import is_shard
 from pipeline.shards.file import read_columns
-from pipeline.shards.format import FORMAT_VERSION, MANIFEST, Column, columns_of, count_statuses
+from pipeline.shards.format import MANIFEST, Column, attributes_of, columns_of, count_statuses, version_of
 from pipeline.shards.manifest import Augmentation, Digests, Manifest, ShardEntry, manifest_text, totals_of
 
 Result = TypeVar("Result")
@@ -84,9 +84,19 @@ class SampleDataset:
         search = {"search": params.search.name, **params.search.model_dump(exclude={"name"})}
         parameters = {
             "attack": attack.model_dump(exclude={"views"}) | search,
-            "augmentation": params.views.model_dump(),
+            "augmentation": params.views.model_dump(mode="json", exclude_defaults=True),
         }
+        if train.view_size:
+            parameters["augmentation"]["image_size"] = list(train.images.shape[2:])
         digests = Digests(teacher=teacher.digest, train=train.digest)
+        columns = columns_of(
+            train.view_shape,
+            classes,
+            attack.targets,
+            attack.embed_images,
+            params.views,
+            train.images.shape[2:],
+        )
         code = shard_code(params.search.name, teacher.model.architecture.network)
         return cls(
             train=train,
@@ -94,8 +104,8 @@ class SampleDataset:
             attack=attack,
             parameters=parameters,
             digests=digests,
-            columns=columns_of(train.image_shape, classes, attack.targets, attack.embed_images),
-            fingerprint=fingerprint(FORMAT_VERSION, parameters, digests.model_dump(), code),
+            columns=columns,
+            fingerprint=fingerprint(version_of(columns), parameters, digests.model_dump(), code),
             store=store,
         )
 
@@ -121,7 +131,8 @@ class SampleDataset:
     def stored(self, block: Block) -> Path | None:
         """Return the path of a finished shard in the store; None if there is none, or another one has its name."""
         path = self.store.find(self.stored_name(block))
-        return path if path and is_shard(path, self.fingerprint, block.view, block.number) else None
+        attributes = attributes_of(version_of(self.columns), self.fingerprint, block.view, block.number)
+        return path if path and is_shard(path, attributes) else None
 
     def make(self, search: TeacherSearch, blocks: list[Block], workers: int = 1) -> Iterator[Block]:
         """Make shards in the store; yields each when it is there to stay.
@@ -198,12 +209,12 @@ class SampleDataset:
     def manifest(self, entries: list[ShardEntry]) -> Manifest:
         train = self.train
         return Manifest(
-            format_version=FORMAT_VERSION,
+            format_version=version_of(self.columns),
             fingerprint=self.fingerprint,
             columns=self.columns,
             parameters=self.parameters,
             class_names=list(train.class_names),
-            image_shape=train.image_shape,
+            image_shape=train.view_shape,
             mean=list(train.mean),
             std=list(train.std),
             augmentation=Augmentation(**self.parameters["augmentation"]),
@@ -251,7 +262,7 @@ def shards_at_once(search: TeacherSearch, attack: Attack, train: Prepared) -> in
     if search.device.type == "cpu" or search.search.draws:
         return 1
     samples = attack.rows_per_shard * attack.targets
-    state = samples * prod(train.image_shape) * SEARCH_BYTES
+    state = samples * prod(train.view_shape) * SEARCH_BYTES
     free = torch.cuda.mem_get_info(search.device)[0]
     return max(1, min(SHARDS_AT_ONCE, int(SEARCH_SHARE * free) // state))
 

@@ -32,6 +32,8 @@ from pipeline.core.text import one_line
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Jitter = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Names end up in DVC stage names, paths and keys.
@@ -79,6 +81,9 @@ class Dataset(Section):
     name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder", "spirals"]
     path: PathText = Field(description="of an imagefolder; where others are downloaded to")
     image_size: tuple[Count, Count] | None = Field(strict=False, description="height and width to resize to")
+    train_size: tuple[Count, Count] | None = Field(
+        None, strict=False, description="height and width of training images, of which a view is a crop of image_size"
+    )
     channels: Literal[1, 3] | None = Field(description="gray or RGB; by default, as the first image")
     background: Annotated[int, Field(ge=0, le=255)] = Field(description="gray level behind transparent pixels")
     train_images: Count | None = Field(description="of the training part, at most, evenly by class")
@@ -89,12 +94,42 @@ class Dataset(Section):
         description="split off the training part, by class, where there is no validation part; 0 for none"
     )
 
+    @model_validator(mode="after")
+    def _training_images_are_larger(self) -> Dataset:
+        if self.train_size is None:
+            return self
+        if self.image_size is None:
+            raise ValueError("'train_size' needs 'image_size', the size of the views that are cut out")
+        if min(t - s for t, s in zip(self.train_size, self.image_size, strict=True)) < 0:
+            raise ValueError(
+                f"'train_size' is at least image_size {list(self.image_size)}, got {list(self.train_size)}"
+            )
+        return self
+
 
 class Views(Section):
     """How a view of an image is drawn."""
 
     padding: Annotated[int, Field(ge=0, le=64)] = Field(description="black pixels around the image, then a random crop")
     flip: bool = Field(description="mirror half of the views")
+    scale: tuple[Share, Share] | None = Field(
+        None, strict=False, description="range of the share of an image in a crop that is resized; null for no resizing"
+    )
+    ratio: tuple[Positive, Positive] = Field(
+        (0.75, 1.3333), strict=False, description="range of width by height of a crop that is resized"
+    )
+    jitter: tuple[Jitter, Jitter, Jitter] = Field(
+        (0.0, 0.0, 0.0), strict=False, description="of brightness, contrast, saturation: factors from 1 - j to 1 + j"
+    )
+
+    @model_validator(mode="after")
+    def _crops_are_of_one_kind(self) -> Views:
+        if self.scale and self.padding:
+            raise ValueError("'padding' is around crops that are not resized: take it or 'scale'")
+        for name, given in (("scale", self.scale), ("ratio", self.ratio)):
+            if given and given[0] > given[1]:
+                raise ValueError(f"'{name}' takes the least value, then the largest, got {list(given)}")
+        return self
 
 
 class Training(Section):
@@ -134,7 +169,7 @@ class Teacher(Section):
     """The network to distil: trained here, or imported from a safetensors file."""
 
     network: NetworkName
-    weights: PathText | None = Field(description="safetensors file to import instead of training")
+    weights: PathText | None = Field(description="safetensors file to import instead of training, or 'library'")
     pretrained: PathText | None = Field(
         description="what training goes on from: a safetensors file of the same network, or 'library'"
     )

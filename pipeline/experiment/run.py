@@ -198,7 +198,7 @@ class ExperimentRun:
             "student": student,
             "method": method.model_dump(mode="json"),
             "training": params.training.model_dump(exclude_defaults=True),
-            "views": params.views.model_dump(),
+            "views": params.views.model_dump(exclude_defaults=True),
             "train": train.digest,
             "validation": materials.validation.digest if materials.validation is not None else None,
             "test": materials.test.digest,

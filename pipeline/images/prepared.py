@@ -39,11 +39,20 @@ class Prepared(NamedTuple):
     """Per channel, of the training split, for pixels in [0, 1]; above 0."""
     digest: str
     """sha256 of images, labels and class names."""
+    view_size: tuple[int, int] | None = None
+    """(height, width) of the views of images that are kept larger; None: views are as large as images."""
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def view_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a view: of what networks are for."""
         channels, height, width = self.images.shape[1:]
-        return channels, height, width
+        return channels, *(self.view_size or (height, width))
+
+    def centred(self) -> Images:
+        """Return the middle of each image, as large as a view."""
+        _, height, width = self.view_shape
+        top, left = (self.images.shape[2] - height) // 2, (self.images.shape[3] - width) // 2
+        return self.images[:, :, top : top + height, left : left + width]
 
     def thinned(self, count: int) -> Prepared:
         """Return every n-th image, so that about `count` are left; the digest stays that of the whole split."""
@@ -106,6 +115,8 @@ def write_prepared(path: Path, split: Prepared, blocks: Iterable[Images] | None 
             offset = h5py.h5d.create(file.id, b"image", h5py.h5t.STD_U8LE, space, layout).get_offset()
             file.create_dataset("label", data=split.labels)
             facts = {name: getattr(split, name) for name in ATTRIBUTES}
+            if split.view_size:
+                facts["view_size"] = split.view_size
             for name, value in {**facts, "facts_digest": fingerprint(facts)}.items():
                 file.attrs[name] = json.dumps(value)
         with open(temporary, "r+b") as stream:
@@ -125,7 +136,7 @@ def read_prepared(path: Path) -> Prepared:
         raise DataError(f"{path}: no such prepared file; make it with: python -m stages.prepare")
     try:
         with read_hdf5(path) as file:
-            facts = {name: json.loads(file.attrs[name]) for name in ATTRIBUTES}
+            facts = {name: json.loads(file.attrs[name]) for name in (*ATTRIBUTES, "view_size") if name in file.attrs}
             facts_digest = json.loads(file.attrs["facts_digest"])
             images, labels = _mapped(path, file["image"]), file["label"][:]
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
@@ -136,7 +147,8 @@ def read_prepared(path: Path) -> Prepared:
         raise DataError(f"{path}: its content does not match its digest; make it again: python -m stages.prepare")
     names = tuple(facts["class_names"])
     check_labels(labels, names, path)
-    return Prepared(images, labels, names, tuple(facts["mean"]), tuple(facts["std"]), facts["digest"])
+    size = tuple(facts["view_size"]) if "view_size" in facts else None
+    return Prepared(images, labels, names, tuple(facts["mean"]), tuple(facts["std"]), facts["digest"], size)
 
 
 def read_validation(path: Path) -> Prepared | None:

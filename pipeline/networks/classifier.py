@@ -187,4 +187,4 @@ def channels_last_(model: Classifier) -> bool:
 
 def architecture_for(network: str, data: Prepared) -> Architecture:
     """Return the architecture of a named network for a dataset."""
-    return Architecture(network, len(data.class_names), data.image_shape, data.mean, data.std)
+    return Architecture(network, len(data.class_names), data.view_shape, data.mean, data.std)

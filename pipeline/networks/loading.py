@@ -41,10 +41,10 @@ def load_for(path: Path, data: Prepared, role: str) -> Classifier:
     """
     model = load_weights(path)
     architecture, classes = model.architecture, len(data.class_names)
-    if architecture.classes != classes or architecture.image_shape != data.image_shape:
+    if architecture.classes != classes or architecture.image_shape != data.view_shape:
         raise WeightsError(
             f"{path}: a {role} for images {architecture.image_shape} of {architecture.classes} classes, "
-            f"the prepared data has {data.image_shape} and {classes}"
+            f"the prepared data has {data.view_shape} and {classes}"
         )
     return model
 
@@ -87,8 +87,8 @@ def examined(teacher: Classifier, data: Prepared, device: torch.device, trained_
             few images; or another order of its classes explains what it says.
     """
     network = frozen(teacher, device)
-    logits = predict(network, data.images, device)
-    once, again = (predict(network, data.images[:TRIED], device) for _ in range(2))
+    logits = predict(network, data.centred(), device)
+    once, again = (predict(network, data.centred()[:TRIED], device) for _ in range(2))
     if problem := random_problem(once, again) or probability_problem(logits):
         raise WeightsError(f"the teacher ('{teacher.architecture.network}') {problem}")
     predicted = logits.argmax(1).cpu().numpy()

@@ -82,6 +82,8 @@ def prepare(source: RawDataset, dataset: Dataset, directory: Path, threads: int 
     with tqdm(total=total, desc="prepare", unit="image", disable=None, leave=False) as bar:
         for name in SPLITS:
             with tempfile.TemporaryFile(dir=directory) as pixels:
+                larger = dataset.train_size if name == "train" else None
+                decoder.scale_to(larger or dataset.image_size)
                 labels = decoder.decode(name, parts[name], pixels, bar)
                 counts[name] = len(labels)
                 class_counts += np.bincount(labels, minlength=len(class_counts))
@@ -92,7 +94,8 @@ def prepare(source: RawDataset, dataset: Dataset, directory: Path, threads: int 
                     statistics = channel_statistics(_blocks(pixels, decoder.shape))
                 digest = content_digest(_blocks(pixels, decoder.shape), decoder.shape, labels, source.class_names)
                 nothing = np.broadcast_to(np.uint8(0), (len(labels), *decoder.shape))
-                prepared = Prepared(nothing, labels, source.class_names, *statistics, digest)
+                view_size = dataset.image_size if larger else None
+                prepared = Prepared(nothing, labels, source.class_names, *statistics, digest, view_size)
                 write_prepared(directory / f"{name}.h5", prepared, _blocks(pixels, decoder.shape))
     return Written(
         source.class_names,
@@ -172,11 +175,17 @@ class _Decoder:
     shape: tuple[int, int, int]
 
     def __init__(self, dataset: Dataset, threads: int) -> None:
-        self.dataset, self.threads = dataset, threads
+        self.dataset, self.threads, self.size = dataset, threads, dataset.image_size
         self.bad: list[str] = []
         self.warnings: list[str] = []
         self.remarks: Counter[str] = Counter()
         self.first_remarks: dict[str, str] = {}
+
+    def scale_to(self, size: tuple[int, int] | None) -> None:
+        """Scale the images that follow to a height and width; None: leave them as they are."""
+        self.size = size
+        if size and hasattr(self, "shape"):
+            self.shape = self.shape[0], *size
 
     def decode(self, split: str, part: Part, pixels: BinaryIO, bar: tqdm[Any]) -> NDArray[np.int64]:
         """Append the images of a part to a file, in order; returns the labels of those that could be read."""
@@ -236,7 +245,7 @@ class _Decoder:
         _heard.texts = doubts
         try:
             with part.image(row) as image:
-                picture = picture_of(image, dataset.image_size, dataset.channels, dataset.background)
+                picture = picture_of(image, self.size, dataset.channels, dataset.background)
         except UnidentifiedImageError:  # its message names an address in memory
             return f"{part.name(row)}: cannot be read: it is damaged, no image, or of a kind that is not read here"
         except Exception as error:  # PIL raises all kinds on damaged images

@@ -55,7 +55,7 @@ def part_by_class(train: Prepared, fraction: float, seed: int) -> Prepared:
     _check_all_classes(labels, train.class_names)
     mean, std = channel_statistics([images])
     digest = content_digest([images], images.shape[1:], labels, train.class_names)
-    return Prepared(images, labels, train.class_names, mean, std, digest)
+    return train._replace(images=images, labels=labels, mean=mean, std=std, digest=digest)
 
 
 def split(source: RawDataset, dataset: Dataset) -> dict[str, Part]:

@@ -20,7 +20,7 @@ from pipeline.core.text import leaves
 from pipeline.publish.card import CARD_FILES, DATASET_FILES, EMPTY_CARD
 from pipeline.publish.rewrite import Origin, WholeDataset, check_out, finish, read_shard, read_whole, write_block
 from pipeline.shards.check import check_shard
-from pipeline.shards.format import FORMAT_VERSION, MANIFEST
+from pipeline.shards.format import MANIFEST
 from pipeline.shards.manifest import Manifest
 from pipeline.shards.order import shards_in_order
 
@@ -162,5 +162,5 @@ def _merged_manifest(datasets: list[WholeDataset], views: list[_View]) -> Manife
             for (digest, seed), group in groupby(views, key=lambda view: (view.fingerprint, view.seed))
         ]
         changes["parameters"] = first.parameters | {"attack": attack, "merged": sources}
-        changes["fingerprint"] = fingerprint(FORMAT_VERSION, changes["parameters"], first.digests.model_dump())
+        changes["fingerprint"] = fingerprint(first.format_version, changes["parameters"], first.digests.model_dump())
     return first.model_copy(update=changes)

@@ -89,7 +89,7 @@ def _parquet(table: pyarrow.Table) -> bytes:
 def _table(directory: Path, manifest: Manifest, shard: ShardEntry) -> pyarrow.Table:
     import pyarrow
 
-    attributes = attributes_of(manifest.fingerprint, shard.view, shard.block)
+    attributes = attributes_of(manifest.format_version, manifest.fingerprint, shard.view, shard.block)
     columns = _columns_of(manifest)
     values = read_columns(directory / shard.name, manifest.columns, attributes)
     values["view"] = np.full(shard.rows, shard.view)

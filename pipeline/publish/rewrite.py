@@ -91,7 +91,7 @@ def read_whole(directory: Path) -> WholeDataset:
 def read_shard(dataset: WholeDataset, shard: ShardEntry) -> Columns:
     """Return all columns of a shard, as stored."""
     directory, manifest, _ = dataset
-    attributes = attributes_of(manifest.fingerprint, shard.view, shard.block)
+    attributes = attributes_of(manifest.format_version, manifest.fingerprint, shard.view, shard.block)
     values = read_columns(directory / shard.name, manifest.columns, attributes)
     return {name: values[name].astype(column.dtype, copy=False) for name, column in manifest.columns.items()}
 

@@ -15,7 +15,6 @@ from pipeline.core.provenance import fingerprint
 from pipeline.publish.card import CARD_FILES, DATASET_FILES, EMPTY_CARD
 from pipeline.publish.rewrite import Columns, WholeDataset, check_out, finish, read_shard, read_whole, write_block
 from pipeline.shards.check import check_shard
-from pipeline.shards.format import FORMAT_VERSION
 from pipeline.shards.manifest import Manifest
 from pipeline.shards.order import shards_in_order
 
@@ -60,7 +59,7 @@ def _sample_manifest(dataset: WholeDataset, drawn: NDArray[np.int64], seed: int)
         "sample": {"fingerprint": manifest.fingerprint, "rows": len(drawn), "seed": seed}
     }
     # The rows themselves count: another version of numpy may draw others for the same seed.
-    digest = fingerprint(FORMAT_VERSION, parameters, manifest.digests.model_dump(), drawn.tolist())
+    digest = fingerprint(manifest.format_version, parameters, manifest.digests.model_dump(), drawn.tolist())
     changes = {"parameters": parameters, "fingerprint": digest, "rows": len(drawn), "views": 1}
     return manifest.model_copy(update=changes)
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.hdf5 import written_hdf5
-from pipeline.shards.format import Column, attributes_of
+from pipeline.shards.format import Column, attributes_of, version_of
 
 # Of compressed columns: a few dozen images, small enough for single rows, large enough for whole shards. Others lie in
 # one piece, so that readers find any rows without HDF5.
@@ -51,7 +51,7 @@ def write_shard(
                 f"got {values[name].dtype} {values[name].shape}"
             )
     with written_hdf5(path) as file:
-        for name, value in attributes_of(fingerprint, view, block).items():
+        for name, value in attributes_of(version_of(columns), fingerprint, view, block).items():
             file.attrs[name] = np.bytes_(value) if isinstance(value, str) else np.int64(value)  # of fixed size
         for name in columns:
             array = values[name]

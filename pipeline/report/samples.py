@@ -15,10 +15,10 @@ from torch import Tensor
 from pipeline.core.status import Status
 from pipeline.images.pixels import pixels
 from pipeline.images.prepared import Prepared
-from pipeline.images.views import apply_views
 from pipeline.search.boundary import probability_margin
+from pipeline.shards.manifest import Manifest
 from pipeline.shards.order import shards_by_view
-from pipeline.shards.reader import BoundaryShards, samples_of
+from pipeline.shards.reader import BoundaryShards, samples_of, views_again
 
 SHARDS_SEARCHED = 8  # of the first view, at most: the gallery shows examples, not extremes
 
@@ -64,7 +64,7 @@ def typical_examples(shards: BoundaryShards, train: Prepared, most: int) -> list
 
 def _example(shards: BoundaryShards, train: Prepared, number: int) -> Example:
     row = shards[number]
-    image = image_of(row, train, shards.manifest.augmentation.padding)
+    image = image_of(row, train, shards.manifest)
     return Example(
         image=pixels(image),
         sample=samples_of(image, row["delta"][0], row["delta_scale"][0]),
@@ -76,12 +76,12 @@ def _example(shards: BoundaryShards, train: Prepared, number: int) -> Example:
     )
 
 
-def image_of(row: dict[str, Tensor], train: Prepared, padding: int) -> Tensor:
+def image_of(row: dict[str, Tensor], train: Prepared, manifest: Manifest) -> Tensor:
     """Return (C, H, W) uint8: the view of a row, made again from the training split where it is not embedded."""
     if "image" in row:
         return row["image"]
     image = torch.from_numpy(train.images[[int(row["index"])]])
-    return apply_views(image, row["crop"][None], row["flip"][None], padding)[0]
+    return views_again(image, {name: value[None] for name, value in row.items()}, manifest)[0]
 
 
 def amplification(example: Example) -> float:

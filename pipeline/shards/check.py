@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,13 @@ def checked_shard(folder: Folder, manifest: Manifest, shard: ShardEntry, cache: 
             raise ShardError(f"{path}: missing") from None
         except OSError as error:
             raise ShardError(f"{path}: cannot be read ({error})") from None
-        file = ShardFile(source, path, None, attributes_of(manifest.fingerprint, shard.view, shard.block), cache)
+        file = ShardFile(
+            source,
+            path,
+            None,
+            attributes_of(manifest.format_version, manifest.fingerprint, shard.view, shard.block),
+            cache,
+        )
         check_contents(file, manifest, shard)
         stack.pop_all()  # it stays open
     return file
@@ -103,7 +110,7 @@ def _check_values(columns: dict[str, NDArray[Any]], manifest: Manifest, shard: S
     sound = {
         "index": _is_index(columns["index"], manifest, shard),
         "label": within("label", 0, classes - 1),
-        "crop": within("crop", 0, 2 * manifest.augmentation.padding),
+        "crop": _is_crop(columns["crop"].astype(np.int64), manifest),
         "flip": within("flip", 0, int(manifest.augmentation.flip)),
         "status": within("status", 0, max(Status)),
         "target": within("target", -1, classes - 1) and np.array_equal(target < 0, skipped) and not repeated.any(),
@@ -128,6 +135,14 @@ def _check_values(columns: dict[str, NDArray[Any]], manifest: Manifest, shard: S
         raise ShardError(f"{path}: column 'status' says of samples that are off the boundary that they converged")
     if count_statuses(status) != shard.statuses:
         raise ShardError(f"{path}: column 'status' does not count as the manifest says")
+
+
+def _is_crop(crop: NDArray[np.int64], manifest: Manifest) -> bool:
+    """Return whether crops lie within the padded images."""
+    given = manifest.augmentation
+    padded = np.array(given.image_size or manifest.image_shape[1:]) + 2 * given.padding
+    size = crop[:, 2:] if crop.shape[1] == 4 else np.array(manifest.image_shape[1:])
+    return bool((crop[:, :2] >= 0).all() and (size >= 1).all() and (crop[:, :2] + size <= padded).all())
 
 
 def _is_index(index: NDArray[np.int64], manifest: Manifest, shard: ShardEntry) -> bool:
@@ -185,10 +200,10 @@ def find_problems(directory: Path | Folder, manifest: Manifest) -> list[str]:
     return problems
 
 
-def is_shard(path: Path, fingerprint: str, view: int, block: int) -> bool:
-    """Return whether a file says of itself that it is a certain shard."""
+def is_shard(path: Path, attributes: Mapping[str, Any]) -> bool:
+    """Return whether a file says of itself, by its attributes, that it is a certain shard."""
     try:
-        with open_shard(LocalFolder(path.parent), path.name, [], attributes_of(fingerprint, view, block)):
+        with open_shard(LocalFolder(path.parent), path.name, [], attributes):
             return True
     except ShardError:
         return False

@@ -6,14 +6,16 @@ starts at once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.status import Status
+from pipeline.images.rule import Rule, takes_boxes
 
-FORMAT_VERSION = 1
+VERSIONS = (1, 2)  # a dataset has the lowest one that can say what is in it
 MANIFEST = "manifest.json"
 SHARD_FILES = "view-*-block-*.h5"
 SHARD_NAME = r"view-\d{3,}-block-\d{5,}\.h5"
@@ -27,14 +29,34 @@ class Column(NamedTuple):
     meaning: str
 
 
-def columns_of(image_shape: tuple[int, int, int], classes: int, targets: int, embed_images: bool) -> dict[str, Column]:
-    """Return the columns of a shard, in order, for images (C, H, W) and `targets` target classes a view."""
+def columns_of(
+    image_shape: tuple[int, int, int],
+    classes: int,
+    targets: int,
+    embed_images: bool,
+    rule: Rule | None = None,
+    image_size: Sequence[int] | None = None,
+) -> dict[str, Column]:
+    """Return the columns of a shard, in order.
+
+    Args:
+        image_shape: (C, H, W) of a view.
+        classes: of the teacher's logits.
+        targets: target classes a view.
+        embed_images: whether the views are stored.
+        rule: of the views; by default, crops of their size and mirror images.
+        image_size: (height, width) of the images that views are cut from, where they are larger.
+    """
+    boxes = rule is not None and takes_boxes(rule, image_size or image_shape[1:], image_shape[1:])
     columns = {
         "index": Column("uint32", (), "row in the prepared training split"),
         "label": Column("int64", (), "base class"),
         "image": Column("uint8", image_shape, "the view"),
-        "crop": Column("int16", (2,), "top and left of the view in the padded image"),
+        "crop": Column("int16", (4,), "top, left, height and width of the crop in the padded image")
+        if boxes
+        else Column("int16", (2,), "top and left of the view in the padded image"),
         "flip": Column("uint8", (), "1 where the view is mirrored left to right"),
+        "colour": Column("int16", (3,), "factors of brightness, contrast and saturation in 128ths"),
         "teacher_logits": Column("float32", (classes,), "on the view"),
         "target": Column("int16", (targets,), "target class, -1 without a search"),
         "delta": Column("int8", (targets, *image_shape), "perturbation divided by delta_scale"),
@@ -47,7 +69,14 @@ def columns_of(image_shape: tuple[int, int, int], classes: int, targets: int, em
     }
     if not embed_images:
         del columns["image"]
+    if rule is None or not any(rule.jitter):
+        del columns["colour"]
     return columns
+
+
+def version_of(columns: Mapping[str, Column]) -> int:
+    """Return the format version of a dataset with these columns."""
+    return 1 if columns["crop"].shape == (2,) else 2
 
 
 def shard_name(view: int, block: int) -> str:
@@ -60,6 +89,6 @@ def count_statuses(status: NDArray[np.uint8]) -> dict[str, int]:
     return {s.name.lower(): int(np.count_nonzero(status == s)) for s in Status}
 
 
-def attributes_of(fingerprint: str, view: int, block: int) -> dict[str, Any]:
+def attributes_of(version: int, fingerprint: str, view: int, block: int) -> dict[str, Any]:
     """Return the attributes of a shard."""
-    return {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "view": view, "block": block}
+    return {"format_version": version, "fingerprint": fingerprint, "view": view, "block": block}

@@ -14,13 +14,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from pipeline.core.errors import ShardError, shown
 from pipeline.core.status import Status
 from pipeline.core.text import first_problem
 from pipeline.shards.folder import Folder, as_folder
-from pipeline.shards.format import FORMAT_VERSION, MANIFEST, SHARD_NAME, Column, columns_of, shard_name
+from pipeline.shards.format import MANIFEST, SHARD_NAME, VERSIONS, Column, columns_of, shard_name, version_of
 from pipeline.shards.limits import (
     LARGEST_MANIFEST,
     LARGEST_SHARD,
@@ -40,10 +47,20 @@ class _Strict(BaseModel):
 
 
 class Augmentation(_Strict):
-    """How views were drawn: a random crop after black padding, and a random mirror image."""
+    """How views were drawn: a random crop after black padding, or one that was resized; mirror images; colours."""
 
     padding: int = Field(ge=0)
     flip: bool
+    scale: tuple[float, float] | None = None
+    ratio: tuple[float, float] = (0.75, 1.3333)
+    jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    image_size: tuple[int, int] | None = Field(None, description="of the images, where they were larger than views")
+
+    @model_serializer(mode="wrap")
+    def _what_is_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is as in format version 1."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        return {name: value for name, value in handler(self).items() if value != defaults[name]}
 
 
 class Digests(_Strict):
@@ -111,8 +128,9 @@ class Manifest(_Strict):
 
 def columns_in_order(manifest: Manifest) -> dict[str, Column]:
     """Return the columns of a dataset as the format has them: a manifest that was read has them by name."""
-    embed_images = "image" in manifest.columns
-    return columns_of(manifest.image_shape, len(manifest.class_names), manifest.targets, embed_images)
+    rule, embed_images = manifest.augmentation, "image" in manifest.columns
+    sizes = manifest.image_shape, len(manifest.class_names), manifest.targets
+    return columns_of(*sizes, embed_images, rule, rule.image_size)
 
 
 def totals_of(shards: list[ShardEntry], targets: int) -> Totals:
@@ -166,8 +184,10 @@ def read_manifest(directory: Path | Folder) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{path}: not valid JSON ({error})") from None
     version = values.get("format_version") if isinstance(values, dict) else None
-    if version != FORMAT_VERSION:
-        raise ShardError(f"{path}: format version {shown(repr(version))}, this software reads version {FORMAT_VERSION}")
+    if version not in VERSIONS:
+        raise ShardError(
+            f"{path}: format version {shown(repr(version))}, this software reads versions up to {VERSIONS[-1]}"
+        )
     try:
         manifest = Manifest.model_validate(values)
     except ValidationError as error:
@@ -199,8 +219,9 @@ def _check_writable(manifest: Manifest, path: str) -> None:
 
 def _check_consistent(manifest: Manifest, path: str) -> None:
     expected = columns_in_order(manifest)
-    if {name: c[:2] for name, c in manifest.columns.items()} != {name: c[:2] for name, c in expected.items()}:
-        raise ShardError(f"{path}: the columns are not those of format version {FORMAT_VERSION}")
+    given = {name: c[:2] for name, c in manifest.columns.items()}
+    if given != {name: c[:2] for name, c in expected.items()} or version_of(expected) != manifest.format_version:
+        raise ShardError(f"{path}: the columns are not those of format version {manifest.format_version}")
     _check_sizes(manifest, path)
     channels = manifest.image_shape[0]
     if min(manifest.image_shape) < 1 or len(manifest.mean) != channels or len(manifest.std) != channels:

@@ -50,7 +50,7 @@ def margins_and_distances(
 
 def _converged(folder: Folder, manifest: Manifest, shard: ShardEntry) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return margin and distance of the converged samples of a shard, (n,) each."""
-    attributes = attributes_of(manifest.fingerprint, shard.view, shard.block)
+    attributes = attributes_of(manifest.format_version, manifest.fingerprint, shard.view, shard.block)
     names = ("status", "margin", "distance")
     with open_shard(folder, shard.name, names, attributes) as file:
         columns = {name: file.read(name) for name in names}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.images.pixels import pixels
+from pipeline.images.views import apply_views
 from pipeline.shards.check import check_layout, checked_shard
 from pipeline.shards.file import ChunkCache, ShardFile, open_shard
 from pipeline.shards.folder import folder_at
 from pipeline.shards.format import attributes_of
-from pipeline.shards.manifest import ShardEntry, read_manifest
+from pipeline.shards.manifest import Manifest, ShardEntry, read_manifest
 from pipeline.shards.order import shards_in_order
 
 CACHE_BYTES = 1 << 28  # of decompressed chunks, in each process
 OPEN_FILES = 512  # at most, of each dataset in each process; it costs a millisecond to open one
+VIEW_COLUMNS = ("crop", "flip", "colour")  # by which a view is cut from its image again
 BYTES_PER_READ = 1 << 15  # what can be read in the time that one more read takes
 
 
@@ -117,7 +119,7 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
             file = self._files.pop(shard.name, None)
         if file is None:
             # Its attributes say whether the directory has been replaced by another dataset since it was checked.
-            attributes = attributes_of(self.manifest.fingerprint, shard.view, shard.block)
+            attributes = attributes_of(self.manifest.format_version, self.manifest.fingerprint, shard.view, shard.block)
             file = open_shard(self.folder, shard.name, self.manifest.columns, attributes, self._cache)
             check_layout(file, self.manifest, shard)
         return self._keep(shard, file)
@@ -140,6 +142,19 @@ def with_samples(columns: dict[str, Tensor]) -> dict[str, Tensor]:
     if "image" not in columns:
         return columns
     return columns | {"samples": samples_of(columns["image"][:, None], columns["delta"], columns["delta_scale"])}
+
+
+def views_again(images: Tensor, columns: Mapping[str, Tensor], manifest: Manifest) -> Tensor:
+    """Return the views (N, C, h, w) uint8 that were cut from images.
+
+    Args:
+        images: (N, C, H, W) uint8, of the training split.
+        columns: those of N rows that say how: `crop`, `flip` and, where there is one, `colour`.
+        manifest: of the dataset.
+    """
+    colour = columns.get("colour", torch.empty(len(images), 0))
+    padding, size = manifest.augmentation.padding, manifest.image_shape[1:]
+    return apply_views(images, columns["crop"], columns["flip"], colour, padding, size)
 
 
 def samples_of(images: Tensor, delta: Tensor, scale: Tensor) -> Tensor:

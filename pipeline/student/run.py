@@ -352,7 +352,7 @@ def _reads_of(
     if method.source == "shards" and inputs.shards is not None:
         reads["shards"] = manifest_digest(inputs.shards.manifest)
     elif inputs.train is not None:
-        reads |= {"train": inputs.train.digest, "views": params.views.model_dump()}
+        reads |= {"train": inputs.train.digest, "views": params.views.model_dump(exclude_defaults=True)}
     if teacher is not None:
         reads["teacher"] = teacher.digest
     if _searches_online(method):
@@ -363,7 +363,7 @@ def _reads_of(
 
 
 def _check_validation(name: str, validation: Prepared, architecture: Architecture) -> None:
-    classes, shape = len(validation.class_names), validation.image_shape
+    classes, shape = len(validation.class_names), validation.view_shape
     if (classes, shape) != (architecture.classes, architecture.image_shape):
         raise DataError(
             f"{name}: the validation split has {classes} classes of images {shape}, the training data "

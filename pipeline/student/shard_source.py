@@ -15,11 +15,10 @@ from pipeline.core.errors import ShardError
 from pipeline.core.status import Status
 from pipeline.images.pixels import pixels
 from pipeline.images.prepared import Prepared
-from pipeline.images.views import apply_views
 from pipeline.machine import processor
 from pipeline.shards.manifest import ShardEntry
 from pipeline.shards.order import Window, plan_epoch
-from pipeline.shards.reader import BoundaryShards, samples_of
+from pipeline.shards.reader import VIEW_COLUMNS, BoundaryShards, samples_of, views_again
 from pipeline.training.batches import BoundaryBatch, BoundarySamples, TeacherBatch, batches_of, is_any_of
 
 RESIDENT_SHARE = 0.5  # of the free memory may be taken for shards
@@ -56,7 +55,9 @@ class ShardSource:
         self.rows = shards.manifest.rows
         self.train, self.statuses = train, statuses
         self.columns = ["label", "teacher_logits"]
-        self.columns += ["image"] if "image" in shards.manifest.columns else ["index", "crop", "flip"]
+        stored = shards.manifest.columns
+        views = ["index", *(name for name in VIEW_COLUMNS if name in stored)]
+        self.columns += ["image"] if "image" in stored else views
         if statuses:
             self.columns += ["status", "delta", "delta_scale", "boundary_logits"]
         if "index" in self.columns:
@@ -170,8 +171,9 @@ class ShardSource:
             if len(index) and int(index.max()) >= len(self.train.labels):
                 raise ShardError(f"{self.shards.directory}: column 'index' names images that the training data lacks")
             images = torch.from_numpy(self.train.images)[index]
-            padding = self.shards.manifest.augmentation.padding
-            columns["image"] = apply_views(images, columns.pop("crop"), columns.pop("flip"), padding)
+            columns["image"] = views_again(images, columns, self.shards.manifest)
+            for name in VIEW_COLUMNS:
+                columns.pop(name, None)
         return columns
 
     def _load_all(self) -> dict[str, Tensor]:

@@ -132,9 +132,11 @@ class Drawn(NamedTuple):
     order: NDArray[np.int64]
     """(rows,) of the training split."""
     crop: NDArray[np.int16]
-    """(rows, 2)."""
+    """(rows, 2 or 4)."""
     flip: NDArray[np.uint8]
     """(rows,)."""
+    colour: NDArray[np.int16]
+    """(rows, 0 or 3)."""
 
 
 class FreshSource:
@@ -144,6 +146,7 @@ class FreshSource:
         self.rows = len(train.labels)
         self.images = torch.from_numpy(train.images).to(device)
         self.labels = torch.from_numpy(train.labels).to(device)
+        self.size = train.view_shape[1:]
         self.views, self.seed, self.batch_size, self.device = views, seed, batch_size, device
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
@@ -152,17 +155,21 @@ class FreshSource:
     def drawn(self, seed: int, epoch: int) -> Drawn:
         """Draw an epoch with any seed."""
         order = np.random.default_rng((seed, epoch)).permutation(self.rows)
-        views = draw_views(seed, epoch, 0, self.rows, self.views.padding, self.views.flip, Stream.FRESH_VIEWS)
-        return Drawn(order, views.crop[order], views.flip[order])
+        views = draw_views(seed, epoch, 0, self.rows, self.views, self.images.shape[2:], self.size, Stream.FRESH_VIEWS)
+        return Drawn(order, views.crop[order], views.flip[order], views.colour[order])
 
     def batches(self, drawn: Drawn) -> Iterator[Batch]:
         """Yield the batches of an epoch."""
         # Once an epoch: the host would wait for each copy to a GPU.
-        order, crop, flip = (torch.from_numpy(each).to(self.device) for each in drawn)
+        order, crop, flip, colour = (torch.from_numpy(each).to(self.device) for each in drawn)
         for batch in batches_of(self.rows, self.batch_size):
             rows = order[..., batch]
-            flat = self.images[rows.flatten()], crop[..., batch, :].flatten(0, -2), flip[..., batch].flatten()
-            views = apply_views(*flat, self.views.padding)
+            drawn_of = (
+                crop[..., batch, :].flatten(0, -2),
+                flip[..., batch].flatten(),
+                colour[..., batch, :].flatten(0, -2),
+            )
+            views = apply_views(self.images[rows.flatten()], *drawn_of, self.views.padding, self.size)
             images = pixels(views).view(*rows.shape, *views.shape[1:])
             yield Batch(images=images, labels=self.labels[rows])
 

@@ -33,9 +33,10 @@ def samples_in(values):
 
 def other_views(split, index):
     """The views that are drawn for each sample of the block, of the images of these rows."""
-    drawn = draw_views(5, VIEW, START * TARGETS, ROWS * TARGETS, 1, True, Stream.OTHER_VIEWS)
-    crop, flip = torch.from_numpy(drawn.crop), torch.from_numpy(drawn.flip)
-    views = apply_views(torch.from_numpy(split.images[index]), crop, flip, 1)
+    rows = START * TARGETS, ROWS * TARGETS
+    drawn = draw_views(5, VIEW, *rows, view_parameters(), (8, 8), (8, 8), Stream.OTHER_VIEWS)
+    images = torch.from_numpy(split.images[index])
+    views = apply_views(images, *drawn.on(torch.device("cpu")), 1, (8, 8))
     return views.numpy().reshape(ROWS, TARGETS, 1, 8, 8) / 255
 
 

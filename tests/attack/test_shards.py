@@ -188,7 +188,7 @@ def test_rows_are_the_training_split_in_order(columns, train):
 def test_images_are_regenerated_from_crop_and_flip(columns, train):
     for view in range(2):
         crop, flip = (torch.from_numpy(columns[name][view]) for name in ("crop", "flip"))
-        images = apply_views(torch.from_numpy(train.images), crop, flip, padding=1)
+        images = apply_views(torch.from_numpy(train.images), crop, flip, torch.empty(64, 0), padding=1, size=(8, 8))
         assert np.array_equal(images.numpy(), columns["image"][view])
     assert set(np.unique(columns["crop"])) == {0, 1, 2}
     assert set(np.unique(columns["flip"])) == {0, 1}
@@ -489,7 +489,10 @@ def drop_column(values):
 
 MANIFESTS = {
     "list": (lambda values: None, "format version None"),
-    "version": (lambda values: values.update(format_version=2), "format version 2, this software reads version 1"),
+    "version": (
+        lambda values: values.update(format_version=3),
+        "format version 3, this software reads versions up to 2",
+    ),
     "no version": (lambda values: values.pop("format_version"), "format version None"),
     "unknown key": (lambda values: values.update(comment="mine"), "comment: Extra inputs are not permitted"),
     "unknown key of a shard": (edit_shard(0, url="http://example.org"), "shards.0.url: Extra inputs"),

@@ -111,7 +111,7 @@ def test_a_split_may_be_empty(tmp_path):
     empty = relabelled(split._replace(images=split.images[:0]), split.labels[:0])
     write_prepared(tmp_path / "validation.h5", empty)
     read = read_prepared(tmp_path / "validation.h5")
-    assert read.image_shape == (1, 8, 8)
+    assert read.view_shape == (1, 8, 8)
     assert len(read.labels) == len(read.images) == 0
 
 

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.images.views import Stream, apply_views, draw_views, uniforms
 from pipeline.search.targets import draw_targets
+from tests.support.helpers import view_parameters
 
 
 @pytest.mark.parametrize("width", [1, 3, 4, 5, 10])
@@ -47,11 +48,16 @@ def test_uniforms_are_uniform_and_uncorrelated():
         assert ((counts - 1000) ** 2 / 1000).sum() < 50
 
 
+def drawn(seed, view, start, rows, stream=Stream.VIEWS, **rule):
+    return draw_views(seed, view, start, rows, view_parameters(**rule), (8, 8), (8, 8), stream)
+
+
 @pytest.mark.parametrize("padding", [0, 1, 4])
 def test_crops_reach_every_offset_and_half_of_the_views_are_mirrored(padding):
-    crop, flip = draw_views(seed=1, view=0, start=0, rows=4000, padding=padding, flip=True)
+    crop, flip, colour = drawn(1, 0, 0, 4000, padding=padding, flip=True)
     assert crop.shape == (4000, 2)
     assert crop.dtype == np.int16
+    assert colour.shape == (4000, 0)
     assert flip.dtype == np.uint8
     offsets = 2 * padding + 1
     counts = np.zeros((offsets, offsets))
@@ -64,23 +70,23 @@ def test_crops_reach_every_offset_and_half_of_the_views_are_mirrored(padding):
 
 
 def test_without_flip_nothing_is_mirrored_and_the_crops_stay():
-    with_flip = draw_views(seed=1, view=3, start=0, rows=200, padding=2, flip=True)
-    without = draw_views(seed=1, view=3, start=0, rows=200, padding=2, flip=False)
+    with_flip = drawn(1, 3, 0, 200, padding=2, flip=True)
+    without = drawn(1, 3, 0, 200, padding=2, flip=False)
     assert without.flip.dtype == np.uint8
     assert not without.flip.any()
     np.testing.assert_array_equal(without.crop, with_flip.crop)
 
 
 def test_views_of_a_block_are_those_of_the_whole():
-    whole = draw_views(seed=1, view=3, start=0, rows=50, padding=2, flip=True)
-    block = draw_views(seed=1, view=3, start=16, rows=16, padding=2, flip=True)
+    whole = drawn(1, 3, 0, 50, padding=2, flip=True)
+    block = drawn(1, 3, 16, 16, padding=2, flip=True)
     np.testing.assert_array_equal(block.crop, whole.crop[16:32])
     np.testing.assert_array_equal(block.flip, whole.flip[16:32])
 
 
 def test_fresh_views_are_other_views():
-    stored = draw_views(seed=1, view=0, start=0, rows=100, padding=4, flip=True)
-    fresh = draw_views(seed=1, view=0, start=0, rows=100, padding=4, flip=True, stream=Stream.FRESH_VIEWS)
+    stored = drawn(1, 0, 0, 100, padding=4, flip=True)
+    fresh = drawn(1, 0, 0, 100, padding=4, flip=True, stream=Stream.FRESH_VIEWS)
     assert (stored.crop != fresh.crop).any()
     assert (stored.flip != fresh.flip).any()
 
@@ -103,16 +109,16 @@ def views_by_loop(images, crop, flip, padding):
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_views_are_cut_out_of_padded_images(shape, padding, dtype):
     images = np.random.default_rng(0).integers(1, 256, (30, *shape)).astype(dtype)
-    crop, flip = draw_views(seed=2, view=1, start=0, rows=30, padding=padding, flip=True)
-    views = apply_views(torch.from_numpy(images), torch.from_numpy(crop), torch.from_numpy(flip), padding)
-    np.testing.assert_array_equal(views.numpy(), views_by_loop(images, crop, flip, padding))
+    parameters = drawn(2, 1, 0, 30, padding=padding, flip=True)
+    views = apply_views(torch.from_numpy(images), *parameters.on(torch.device("cpu")), padding, shape[1:])
+    np.testing.assert_array_equal(views.numpy(), views_by_loop(images, *parameters[:2], padding))
     assert views.numpy().dtype == dtype
 
 
 def test_the_middle_crop_is_the_image():
     images = torch.arange(24, dtype=torch.uint8).view(2, 1, 3, 4)
     middle = torch.full((2, 2), 3, dtype=torch.int16)
-    views = apply_views(images, middle, torch.tensor([0, 1], dtype=torch.uint8), padding=3)
+    views = apply_views(images, middle, torch.tensor([0, 1]), torch.empty(2, 0), padding=3, size=(3, 4))
     assert torch.equal(views[0], images[0])
     assert torch.equal(views[1], images[1].flip(-1))
 

@@ -15,9 +15,10 @@ from pipeline.core.errors import ParameterError, WeightsError
 from pipeline.networks.classifier import Architecture, build
 from pipeline.networks.pretrained import LIBRARY, read_start
 from pipeline.networks.weights import load_weights, save_weights
-from tests.support.files import ROOT, make_project, run_stage, tiny_teacher
+from pipeline.teacher import imported_teacher
+from tests.support.files import ROOT, make_project, run_stage, tiny_params, tiny_teacher
 from tests.support.fits import fit_tiny, student_run
-from tests.support.helpers import tiny_resnet
+from tests.support.helpers import random_prepared, tiny_resnet
 
 
 def architecture(network="resnet8w2", classes=4, channels=1, side=8):
@@ -92,6 +93,22 @@ def test_torchvisions_own_weights_are_taken_from_its_cache_and_for_other_classes
     missing = network.network.load_state_dict(start.state, strict=False)
     assert sorted(missing.missing_keys) == start.anew
     assert not missing.unexpected_keys
+
+
+def test_a_teacher_can_be_the_librarys_where_its_classes_are_those_of_the_images(hub):
+    torch.manual_seed(3)
+    theirs = models.squeezenet1_1(weights=None).eval()
+    torch.save(theirs.state_dict(), hub / models.SqueezeNet1_1_Weights.DEFAULT.url.rpartition("/")[2])
+    wanted = tiny_params({"teacher.network": "torchvision.squeezenet1_1", "teacher.weights": LIBRARY}).teacher
+    images = random_prepared(0, 3, shape=(3, 64, 64), classes=1000)
+    teacher = imported_teacher(wanted, images)
+    assert teacher.architecture.mean == (0.485, 0.456, 0.406)
+    pixels = torch.from_numpy(images.images) / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (teacher.architecture.mean, teacher.architecture.std))
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.eval()(pixels), theirs((pixels - mean) / std))
+    with pytest.raises(WeightsError, match="for other classes than the 4 of the prepared data: fine-tune them with"):
+        imported_teacher(wanted, random_prepared(0, 3, shape=(3, 64, 64)))
 
 
 def test_without_a_network_the_weights_of_a_library_are_an_error_in_one_line(hub, monkeypatch):

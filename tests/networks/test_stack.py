@@ -62,7 +62,7 @@ def test_the_states_of_a_stack_are_those_of_its_members():
 
 def test_accuracies_are_those_of_the_members():
     data = random_prepared(seed=0, rows=50, classes=10)
-    kind = Architecture("resnet8w2", len(data.class_names), data.image_shape, data.mean, data.std)
+    kind = Architecture("resnet8w2", len(data.class_names), data.view_shape, data.mean, data.std)
     alone = members(kind)
     stack = Stack(alone)
     assert accuracies(stack, members_of(stack), data, CPU) == [accuracy(each, data, CPU) for each in alone]

@@ -11,18 +11,16 @@ import pytest
 
 from pipeline.core.provenance import ROOT
 from pipeline.shards.check import find_problems
-from pipeline.shards.format import FORMAT_VERSION
+from pipeline.shards.format import VERSIONS
 from pipeline.shards.manifest import read_manifest
 from pipeline.shards.reader import BoundaryShards
-from tests.support.helpers import random_prepared, tiny_resnet
-from tests.support.make_golden import KINDS, digests_of
+from tests.support.make_golden import KINDS, digests_of, golden_images
+from tests.support.resizing import resized_by_whole_numbers
 
 GOLDEN = ROOT / "tests/golden"
-VERSIONS = (1,)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("version", "kind"), [(version, kind) for version in KINDS for kind in KINDS[version]])
 def test_a_golden_dataset_is_whole_and_reads_as_it_was_written(version, kind):
     directory = GOLDEN / f"version-{version}"
     manifest = read_manifest(directory / kind)
@@ -31,16 +29,16 @@ def test_a_golden_dataset_is_whole_and_reads_as_it_was_written(version, kind):
     assert digests_of(directory / kind) == json.loads((directory / "columns.json").read_text())[kind]
 
 
-def test_the_version_that_is_written_has_a_golden_dataset():
-    assert VERSIONS[-1] == FORMAT_VERSION
+def test_every_version_that_is_read_has_golden_datasets():
+    assert tuple(KINDS) == VERSIONS
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[1])
 def test_rows_of_a_golden_dataset(kind):
     """The images are known; so are the views of them, by crop and flip."""
-    train = random_prepared(0, 6, shape=(1, 4, 5), model=tiny_resnet(0, shape=(1, 4, 5)))
+    train = golden_images(1)
     shards = BoundaryShards(GOLDEN / "version-1" / kind)
-    assert len(shards) == 6 * KINDS[kind]["views"]
+    assert len(shards) == 6 * KINDS[1][kind]["views"]
     for row in (shards[number] for number in range(len(shards))):
         padded = np.pad(train.images[int(row["index"])], ((0, 0), (1, 1), (1, 1)))
         top, left = row["crop"].tolist()
@@ -52,6 +50,35 @@ def test_rows_of_a_golden_dataset(kind):
         sample = view / 255 + row["delta"].numpy() * row["delta_scale"].numpy()[:, None, None, None]
         distance = np.sqrt(((sample - view / 255) ** 2).sum((1, 2, 3)))
         np.testing.assert_allclose(distance[done], row["distance"].numpy()[done], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS[2])
+def test_rows_of_a_golden_dataset_of_resized_crops(kind):
+    """docs/FORMAT.md, "Resized crops and colours", done by hand on the images, which are known."""
+    train = golden_images(2)
+    shards = BoundaryShards(GOLDEN / "version-2" / kind)
+    assert shards.manifest.augmentation.image_size == (8, 9)
+    for row in (shards[number] for number in range(len(shards))):
+        image = train.images[int(row["index"])]
+        view = resized_by_whole_numbers(image, row["crop"].tolist(), bool(row["flip"]), (4, 5))
+        factors = row["colour"].tolist()
+        for factor, others in zip(factors, (lambda v: 0 * v, mean_gray, gray), strict=True):
+            view = ((view * factor + others(view) * (128 - factor) + 64) // 128).clip(0, 255)
+        if kind == "plain":
+            assert np.array_equal(row["image"].numpy(), view)
+        done = row["status"].numpy() == 0
+        sample = view / 255 + row["delta"].numpy() * row["delta_scale"].numpy()[:, None, None, None]
+        distance = np.sqrt(((sample - view / 255) ** 2).sum((1, 2, 3)))
+        np.testing.assert_allclose(distance[done], row["distance"].numpy()[done], rtol=1e-5)
+
+
+def gray(view):
+    red, green, blue = view
+    return (4899 * red + 9617 * green + 1868 * blue + 8192) // 16384
+
+
+def mean_gray(view):
+    return int(np.floor(gray(view).mean() + 0.5))
 
 
 def test_the_specification_is_enough_to_read_a_compressed_chunk():

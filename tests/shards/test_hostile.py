@@ -425,7 +425,7 @@ def test_ten_thousand_damaged_files_end_in_success_or_in_a_refusal(datasets, tmp
         (tmp_path / NAME).write_bytes(content[:length])
         signal.alarm(5)
         try:
-            attributes = attributes_of(manifest.fingerprint, shard.view, shard.block)
+            attributes = attributes_of(manifest.format_version, manifest.fingerprint, shard.view, shard.block)
             with open_shard(LocalFolder(tmp_path), NAME, None, attributes) as file:
                 check_contents(file, manifest, shard)
             outcomes["read"] += 1

@@ -1,4 +1,4 @@
-"""Makes the golden datasets of the current format version: python -m tests.support.make_golden DIRECTORY.
+"""Makes the golden datasets of a format version: python -m tests.support.make_golden VERSION DIRECTORY.
 
 They are made once for a version and then kept as they are; tests/shards/test_golden.py says that they stay readable.
 """
@@ -14,12 +14,41 @@ import torch
 
 from pipeline.shards.file import read_columns
 from pipeline.shards.manifest import read_manifest
-from tests.support.helpers import attack_parameters, make_shards, random_prepared, tiny_resnet
+from tests.support.helpers import (
+    attack_parameters,
+    in_memory,
+    make_shards,
+    random_prepared,
+    tiny_resnet,
+    view_parameters,
+)
 
+PLAIN = {"views": 2, "targets": 2, "rows_per_shard": 4}
+WITHOUT_IMAGES = {"views": 1, "targets": 1, "rows_per_shard": 6, "compression": "gzip", "embed_images": False}
+# By version: kinds of datasets, each with what it changes of the attack's parameters.
 KINDS = {
-    "plain": {"views": 2, "targets": 2, "rows_per_shard": 4},
-    "gzip": {"views": 1, "targets": 1, "rows_per_shard": 6, "compression": "gzip", "embed_images": False},
+    1: {"plain": PLAIN, "gzip": WITHOUT_IMAGES},
+    2: {"plain": PLAIN, "gzip": WITHOUT_IMAGES},
 }
+SHAPES = {1: (1, 4, 5), 2: (3, 4, 5)}  # of views
+VIEWS = {
+    1: view_parameters(),
+    2: view_parameters(padding=0, scale=(0.2, 1.0), ratio=(0.5, 2.0), jitter=(0.4, 0.4, 0.4)),
+}
+
+
+def golden_teacher(version):
+    return tiny_resnet(0, shape=SHAPES[version])
+
+
+def golden_images(version):
+    """Six images, in version 2 larger than views."""
+    teacher = golden_teacher(version)
+    if version == 1:
+        return random_prepared(0, 6, shape=SHAPES[1], model=teacher)
+    larger = random_prepared(0, 6, shape=(3, 8, 9))._replace(view_size=(4, 5))
+    labels = teacher(torch.from_numpy(larger.centred()).float() / 255).argmax(1).numpy()
+    return in_memory(larger.images, labels, larger.class_names, larger.mean, larger.std)._replace(view_size=(4, 5))
 
 
 def digests_of(directory):
@@ -34,16 +63,18 @@ def digests_of(directory):
     }
 
 
-def main(out):
+def main(version, out):
     torch.set_num_threads(1)
-    teacher = tiny_resnet(0, shape=(1, 4, 5))
-    train = random_prepared(0, 6, shape=(1, 4, 5), model=teacher)
-    for kind, changes in KINDS.items():
+    for kind, changes in KINDS[version].items():
         with tempfile.TemporaryDirectory() as folder:
-            shards = make_shards(Path(folder), train, teacher, attack_parameters(**changes))
+            parameters = attack_parameters(**changes)
+            shards = make_shards(
+                Path(folder), golden_images(version), golden_teacher(version), parameters, VIEWS[version]
+            )
             shutil.copytree(shards, out / kind)
-    (out / "columns.json").write_text(json.dumps({kind: digests_of(out / kind) for kind in KINDS}, indent=1) + "\n")
+    digests = {kind: digests_of(out / kind) for kind in KINDS[version]}
+    (out / "columns.json").write_text(json.dumps(digests, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))
