@@ -36,6 +36,7 @@ OPTIONAL = {
     "timm": "for networks timm.<name>: pip install '.[timm]'",
     "fsspec": "for datasets behind a URL: pip install '.[remote]'",
     "pyarrow": "for `shards export`: pip install '.[parquet]'",
+    "onnxruntime": "for `export` to ONNX: pip install '.[export]'",
 }
 DVC_SECONDS = 60
 NO_GIT = "is not a git repository"  # in what DVC says
