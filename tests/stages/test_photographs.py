@@ -1,6 +1,13 @@
 """Photographs larger than what networks see: views by resized crops, with other colours, through all stages."""
 
 import json
+import os
+import resource
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +17,8 @@ from PIL import Image
 from pipeline.images.prepared import read_prepared
 from pipeline.shards.reader import BoundaryShards
 from pipeline.student.shard_source import ShardSource
-from tests.support.files import run_stage, tiny_images, write_params
+from tests.support.files import ROOT, run_stage, tiny_images, write_params
+from tests.support.helpers import real_data
 
 CHANGES = {
     "dataset.name": "imagefolder",
@@ -111,3 +119,49 @@ def test_what_cannot_be_is_refused_in_one_line(project, monkeypatch, changes, me
     assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.real
+def test_400_photographs_at_224_pixels_from_folders_to_a_small_network_to_ship(tmp_path, monkeypatch):
+    """A network of torchvision distilled to a smaller one: minutes on two cores, and memory told."""
+    archive = real_data("cifar10-jpeg.tar.gz")
+    counts = Counter()
+    with tarfile.open(archive) as photographs:
+        for member in photographs:
+            part, label = member.name.split("/")[-3:-1] if member.isfile() else ("", "")
+            counts[part, label] += 1
+            if part and counts[part, label] <= (40 if part == "train" else 5):
+                photographs.extract(member, tmp_path / "pictures", filter="data")
+    monkeypatch.chdir(tmp_path)
+    changes = CHANGES | {
+        "dataset.image_size": [224, 224],
+        "dataset.train_size": [256, 256],
+        "dataset.validation_fraction": 0.1,
+        "teacher.network": "torchvision.resnet18",
+        "teacher.training.epochs": 2,
+        "teacher.training.learning_rate": 0.02,
+        "attack.views": 1,
+        "students": ["torchvision.mobilenet_v3_small"],
+        "seeds": 1,
+        "evaluation.similarity_images": 20,
+        "runtime.threads": None,
+        "runtime.workers": None,
+    }
+    write_params(tmp_path / "params.yaml", changes)
+    begin = time.perf_counter()
+    for stage in (("prepare",), ("teacher",), ("attack",), ("student", "--all"), ("evaluate",), ("report",)):
+        process = subprocess.run(
+            [sys.executable, "-m", f"stages.{stage[0]}", *stage[1:]],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        assert process.returncode == 0, process.stderr
+        print(f"{stage[0]}: {time.perf_counter() - begin:.0f} s; {process.stdout.splitlines()[-1]}")
+    student = "models/students/torchvision.mobilenet_v3_small-bss/seed-0.safetensors"
+    result = run_stage("export", student)
+    assert result.exit_code == 0, result.stderr
+    print(result.stdout)
+    seconds, most = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(f"{seconds:.0f} s in all, at most {most / 1024:,.0f} MiB in one process")
+    assert seconds < 300
