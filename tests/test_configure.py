@@ -12,7 +12,7 @@ from pipeline.core.parameters import load_params
 from tests.support.files import ROOT, run_stage, write_params
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagefolder", "spirals")
-RECIPES = ("quick", "paper", "photographs", "gpu", "finetune", "imagenet")
+RECIPES = ("quick", "paper", "photographs", "gpu", "finetune", "imagenet", "benchmark", "benchmark_light")
 
 
 @pytest.fixture
@@ -60,6 +60,39 @@ def test_paper_is_the_setting_of_the_paper(params):
     assert (bss.temperature, bss.start, bss.zero_at) == (3, 2, 0.75)
     assert (given.views.padding, given.views.flip) == (4, True)
     assert given.dataset.validation_fraction == 0
+
+
+def test_benchmark_is_the_recipe_of_the_field(params):
+    configure(params, [preset("cifar100"), preset("benchmark")])
+    given = load_params(params)
+    assert (given.teacher.network, given.students) == ("cifar.resnet32x4", ["cifar.resnet8x4"])
+    for training in (given.training, given.teacher.training):
+        assert (training.epochs, training.batch_size, training.optimizer) == (240, 64, "sgd")
+        assert (training.learning_rate, training.momentum, training.weight_decay) == (0.05, 0.9, 5e-4)
+        falls = [milestone * training.epochs for milestone in training.milestones]
+        assert (training.schedule, falls, training.divisor) == ("steps", [150, 180, 210], 10)
+    assert (given.views.padding, given.views.flip, given.dataset.validation_fraction) == (4, True, 0)
+    assert set(given.methods) <= set(given.method)
+    weights = {name: method.losses for name, method in given.method.items()}
+    assert given.method["kd"].cross_entropy == 0.1
+    assert (weights["kd"]["kd"].temperature, weights["kd"]["kd"].weight) == (4, 0.9)
+    assert (weights["dkd"]["dkd"].target, weights["dkd"]["dkd"].non_target) == (1, 8)
+    assert weights["dkd"]["dkd"].warm_up * 240 == pytest.approx(20, abs=0.1)
+    assert (weights["rkd"]["rkd"].distance, weights["rkd"]["rkd"].angle) == (25, 50)
+    assert weights["at"]["at"].weight == 1000
+    assert (weights["fitnet_one_stage"]["fitnet"].first_stage, weights["fitnet_one_stage"]["fitnet"].weight) == (0, 200)
+    assert weights["kd_standardised"]["kd"].standardised
+    assert weights["dkd_standardised"]["dkd"].standardised
+
+
+def test_light_students_of_the_benchmark_learn_slower_and_otherwise_alike(params):
+    configure(params, [preset("cifar100"), preset("benchmark")])
+    before = load_params(params)
+    configure(params, [preset("benchmark_light")])
+    given = load_params(params)
+    assert given.students == ["cifar.mobilenetv2", "cifar.shufflenetv1", "cifar.shufflenetv2"]
+    assert given.training == before.training.model_copy(update={"learning_rate": 0.01})
+    assert given.teacher == before.teacher
 
 
 def test_changes_are_told_and_values_come_after_presets(params):

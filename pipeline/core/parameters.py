@@ -281,9 +281,14 @@ class Method(Section):
 
     @model_serializer(mode="wrap")
     def _as_in_a_file(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write what is not at its default, so that a parameter that is added changes no fingerprint of before."""
         values = handler(self)
         weight = {} if self.cross_entropy == 1 else {"cross_entropy": self.cross_entropy}
-        return {"source": values["source"], **weight, **values["losses"]}
+        losses = {}
+        for name, loss in self.losses.items():
+            given = loss.model_dump(exclude_defaults=True)
+            losses[name] = {key: value for key, value in values["losses"][name].items() if key in given}
+        return {"source": values["source"], **weight, **losses}
 
     @model_validator(mode="after")
     def _source_and_losses_fit(self) -> Method:
@@ -291,7 +296,7 @@ class Method(Section):
             raise ValueError("source 'fresh' has no teacher: losses take 'shards' or 'online'")
         if self.source != "fresh" and not self.losses:
             raise ValueError(f"source '{self.source}' needs at least one loss: {', '.join(known_losses())}")
-        staged = [name for name, loss in self.losses.items() if "first_stage" in type(loss).model_fields]
+        staged = [name for name, loss in self.losses.items() if getattr(loss, "first_stage", 0)]
         if len(staged) > 1:
             raise ValueError(f"'{staged[0]}' and '{staged[1]}' both want a first stage of their own: take one of them")
         return self

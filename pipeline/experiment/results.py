@@ -94,12 +94,12 @@ class Results(_Strict):
 
     title: str
     dataset: str
-    teacher: float
-    """Accuracy on the test split."""
+    teacher: float | dict[str, float]
+    """Accuracy on the test split; by their files, where there are several."""
     images: dict[str, int]
     """Of each split."""
     pairs: int
-    """Of perturbations that all students have."""
+    """Of perturbations that all students have; where there are several teachers, of the one with the fewest."""
     references: dict[str, Labels]
     floor: Labels | None
     costs: bool
@@ -165,12 +165,17 @@ def results_table(results: Results) -> str:
             cells += _costs(cell.cost)
         rows.append(cells)
     images = ", ".join(f"{name} {count:,}" for name, count in results.images.items())
+    if isinstance(results.teacher, float):
+        teacher, students = f"teacher {results.teacher:.1%}", "all students have"
+    else:
+        several = (f"{name} {accuracy:.1%}" for name, accuracy in results.teacher.items())
+        teacher, students = f"teachers {', '.join(several)}", "all students of a teacher have, at the fewest"
     note = (
-        f"{results.dataset}, images: {images}; teacher {results.teacher:.1%} on test. ± is the standard deviation "
+        f"{results.dataset}, images: {images}; {teacher} on test. ± is the standard deviation "
         f"between seeds; differences have standard errors in brackets, and are bold beyond {STANDARD_ERRORS} of them."
     )
     similarities = "of" if results.pairs >= FEWEST_PAIRS else "not shown, for want of"
-    note += f" Similarities: {similarities} pairs of perturbations that all students have ({results.pairs})."
+    note += f" Similarities: {similarities} pairs of perturbations that {students} ({results.pairs})."
     if results.processors:
         note += f" Trained on: {', '.join(results.processors)}."
     if results.codes > 1:

@@ -21,7 +21,7 @@ from pipeline.core.parameters import Method, Params
 from pipeline.core.provenance import fingerprint
 from pipeline.core.status import Status
 from pipeline.core.store import Store, lock
-from pipeline.evaluate.compare import TeacherSide
+from pipeline.evaluate.compare import Comparison
 from pipeline.evaluate.run import Comparisons, comparison_code
 from pipeline.experiment.records import RunRecord, RunRecords, measures_of
 from pipeline.experiment.results import Cell, Cost, Labels, Results, Run
@@ -48,7 +48,7 @@ class Materials:
     validation: Prepared | None
     test: Prepared
     teacher: Path
-    """Weights, of a teacher that has seen all training images."""
+    """Weights, of a teacher that has seen all training images; of variants that name no other."""
     work: Path
     """The private store."""
 
@@ -87,7 +87,7 @@ class WantedRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExperimentRun:
-    """One experiment on one dataset and teacher."""
+    """One experiment on one dataset."""
 
     experiment: Experiment
     variants: list[Variant]
@@ -95,9 +95,9 @@ class ExperimentRun:
     """All parameters, which the experiment's are laid over."""
     materials: Materials
     """What the runs share."""
-    teacher: Loaded
     processes: Processes
-    evaluation: Comparisons
+    evaluations: dict[Path, Comparisons]
+    """With each teacher, by its weights."""
     records: RunRecords
     """Where finished runs are kept; those that are there are not made again."""
     any_code: bool
@@ -115,31 +115,32 @@ class ExperimentRun:
         any_code: bool,
         say: Callable[[str], None],
     ) -> ExperimentRun:
-        """Check what varies, and read the teacher.
+        """Check what varies, and read the teachers.
 
         Raises:
             ParameterError: the experiment varies something that cannot be, or to a bad value.
         """
         combinations = list(variants(experiment, params))
         check_comparisons(experiment, [labels for variant in combinations for labels in labels_of(variant)])
-        teacher = load_with_digest(materials.teacher, materials.train, "teacher")
         processes = Processes(params.runtime, params.training.precision)
-        evaluation = Comparisons(
-            teacher=teacher,
-            test=materials.test,
-            images=params.evaluation.similarity_images,
-            runtime=params.runtime,
-            device=processes.device,
-            store=Store(materials.work / "comparisons"),
-        )
+        evaluations = {
+            path: Comparisons(
+                teacher=load_with_digest(path, materials.train, "teacher"),
+                test=materials.test,
+                images=params.evaluation.similarity_images,
+                runtime=params.runtime,
+                device=processes.device,
+                store=Store(materials.work / "comparisons"),
+            )
+            for path in dict.fromkeys(variant.teacher or materials.teacher for variant in combinations)
+        }
         return cls(
             experiment=experiment,
             variants=combinations,
             params=params,
             materials=materials,
-            teacher=teacher,
             processes=processes,
-            evaluation=evaluation,
+            evaluations=evaluations,
             records=records,
             any_code=any_code,
             say=say,
@@ -171,16 +172,19 @@ class ExperimentRun:
         """Return the training images that the students of a draw see."""
         return part_by_class(self.materials.train, variant.train_fraction, self.params.dataset.seed + draw)
 
+    def _teacher_of(self, variant: Variant) -> Path:
+        return variant.teacher or self.materials.teacher
+
     def _wanted(self, variant: Variant, draw: int) -> list[WantedRun]:
         """Return the runs of one combination and draw; what does not depend on the draw is wanted for the first one."""
-        train = self._part(variant, draw)
+        train, teacher = self._part(variant, draw), self.evaluations[self._teacher_of(variant)].teacher
         attack = variant.params.attack.model_copy(update={"seed": variant.params.attack.seed + draw})
         params = variant.params.model_copy(update={"attack": attack})
         runs = []
         for labels in labels_of(variant):
             method = params.method[labels["method"]]
             if draw == 0 or method.source == "shards" or variant.train_fraction < 1:
-                reads, code = self._reads_of(params, labels["student"], method, train)
+                reads, code = self._reads_of(params, labels["student"], method, train, teacher)
                 for seed in range(params.seeds):
                     wanted = fingerprint(reads, seed)
                     runs.append(
@@ -190,9 +194,11 @@ class ExperimentRun:
                     )
         return runs
 
-    def _reads_of(self, params: Params, student: str, method: Method, train: Prepared) -> tuple[dict[str, Any], str]:
+    def _reads_of(
+        self, params: Params, student: str, method: Method, train: Prepared, teacher: Loaded
+    ) -> tuple[dict[str, Any], str]:
         """Return what a run follows from, but for the seed and the rounding of this machine; and the code's digest."""
-        materials, network = self.materials, self.teacher.model.architecture.network
+        materials, network = self.materials, teacher.model.architecture.network
         uses_samples = bool(statuses_of(method.losses))
         reads: dict[str, Any] = {
             "student": student,
@@ -202,7 +208,7 @@ class ExperimentRun:
             "train": train.digest,
             "validation": materials.validation.digest if materials.validation is not None else None,
             "test": materials.test.digest,
-            "teacher": self.teacher.digest,
+            "teacher": teacher.digest,
             "similarity_images": params.evaluation.similarity_images,
         }
         codes = [
@@ -234,10 +240,11 @@ class ExperimentRun:
         if not missing:
             return {}
         runs, params, train = list(missing.values()), next(iter(missing.values())).params, self._part(variant, draw)
-        inputs, cost = StudentInputs(train, self.materials.validation, None, self.materials.teacher), None
+        path, cost = self._teacher_of(variant), None
+        evaluation, inputs = self.evaluations[path], StudentInputs(train, self.materials.validation, None, path)
         methods = {run.method: params.method[run.method] for run in runs}
         if any(method.source == "shards" for method in methods.values()):
-            shards, cost = self._samples(params, train)
+            shards, cost = self._samples(params, train, evaluation.teacher)
             inputs = inputs._replace(shards=shards)
         store = Store(self.materials.work / "fits")
         cells = list(dict.fromkeys((run.student, run.method) for run in runs))
@@ -245,7 +252,7 @@ class ExperimentRun:
         students = dict(zip(cells, fits, strict=True))
         for student in fits:
             student.load()
-        side = self.evaluation.teacher_side()
+        compare = partial(evaluation.compare_one, evaluation.teacher_side())
         groups = [
             (student, seeds, [run for run in of_cell if run.seed in seeds])
             for cell, student in students.items()
@@ -263,7 +270,7 @@ class ExperimentRun:
         with ExitStack() as stack:
             for student in students.values():
                 stack.enter_context(lock(self.materials.work / f"student-{student.name}.lock", self.say))
-            tasks = [partial(self._make_group, *group, side, cost) for group in groups]
+            tasks = [partial(self._make_group, *group, compare, cost) for group in groups]
             for number in fit_side_by_side(tasks, params.runtime, self.processes, note):
                 done(len(groups[number][2]))
         return failed
@@ -273,7 +280,7 @@ class ExperimentRun:
         student: StudentRun,
         seeds: Sequence[int],
         runs: Sequence[WantedRun],
-        side: TeacherSide,
+        compare: Callable[[Path], Comparison],
         cost: Cost | None,
         slot: int,
     ) -> None:
@@ -284,7 +291,7 @@ class ExperimentRun:
         for run in runs:
             begin = time.perf_counter()
             fit = student.fit(run.seed, None)  # which is finished
-            measures = measures_of(self.evaluation.compare_one(side, fit.weights))
+            measures = measures_of(compare(fit.weights))
             self.records.write(
                 RunRecord(
                     student=run.student,
@@ -301,11 +308,11 @@ class ExperimentRun:
                 )
             )
 
-    def _samples(self, params: Params, train: Prepared) -> tuple[BoundaryShards, Cost]:
+    def _samples(self, params: Params, train: Prepared, teacher: Loaded) -> tuple[BoundaryShards, Cost]:
         """Return the sample dataset of some parameters, which the next one replaces, and what it took."""
         store = Store(self.materials.work / "shards")
-        dataset = SampleDataset.of(train, params, self.teacher, store)
-        for _ in make_samples(dataset, self.teacher.model, params, dataset.missing()):
+        dataset = SampleDataset.of(train, params, teacher, store)
+        for _ in make_samples(dataset, teacher.model, params, dataset.missing()):
             pass
         totals = dataset.publish(self.materials.work / "experiment").totals
         shards = BoundaryShards(self.materials.work / "experiment")
@@ -326,21 +333,26 @@ class ExperimentRun:
             if found is None:
                 raise DataError(f"{self.records.folder}: a record is gone, of {run.student}-{run.method}: run again")
             records[run.wanted] = found
-        common = np.asarray(np.stack([record.pairs for record in records.values()]).all(axis=0))
+        pairs_of: dict[str, list[NDArray[np.bool_]]] = {}
+        for record in records.values():
+            pairs_of.setdefault(record.reads["teacher"], []).append(record.pairs)
+        common = {digest: np.asarray(np.stack(pairs).all(axis=0)) for digest, pairs in pairs_of.items()}
         cells: dict[tuple[str, ...], Cell] = {}
         for run in wanted:
             cell = cells.setdefault(tuple(run.labels.values()), Cell(labels=run.labels, runs=[], cost=None))
             while len(cell.runs) <= run.draw:
                 cell.runs.append([])
-            cell.runs[run.draw].append(_run_of(records[run.wanted], common))
-            cell.cost = records[run.wanted].cost
+            record = records[run.wanted]
+            cell.runs[run.draw].append(_run_of(record, common[record.reads["teacher"]]))
+            cell.cost = record.cost
+        teachers = {str(path): each.teacher_accuracy() for path, each in self.evaluations.items()}
         splits = {"train": materials.train, "validation": materials.validation, "test": materials.test}
         return Results(
             title=self.experiment.title,
             dataset=self.params.dataset.name,
-            teacher=self.evaluation.teacher_accuracy(),
+            teacher=teachers if len(teachers) > 1 else next(iter(teachers.values())),
             images={name: len(split.labels) for name, split in splits.items() if split is not None},
-            pairs=int(common.sum()),
+            pairs=min(int(pairs.sum()) for pairs in common.values()),
             references=self.experiment.references,
             floor=self.experiment.floor,
             costs=self.experiment.costs,

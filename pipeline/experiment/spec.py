@@ -10,12 +10,12 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.core.errors import ParameterError
+from pipeline.core.files import local_path
 from pipeline.core.parameters import MOVED, Count, Line, Params, check_params, in_words, read_yaml
 from pipeline.core.text import place_of
 from pipeline.experiment.results import Labels
 
-TRAIN_FRACTION = "train_fraction"
-
+TRAIN_FRACTION, TEACHER = "train_fraction", "teacher"  # keys that are no parameters
 
 VARIED = ("attack", "method", "methods", "search", "seeds", "students", "training")
 
@@ -24,7 +24,8 @@ class Experiment(BaseModel):
     """What varies, and with what each result is compared; read from a YAML file.
 
     Keys of values are those of params.yaml, as `attack.views`; `train_fraction` is the fraction of the training images
-    that students see, with as many more epochs, so that they see as many images.
+    that students see, with as many more epochs, so that they see as many images; `teacher` is the file of another
+    teacher than the experiment's, as the teacher stage writes it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -47,6 +48,8 @@ class Variant(NamedTuple):
     labels: Labels
     params: Params
     train_fraction: float
+    teacher: Path | None
+    """Weights of its own teacher; None for the experiment's."""
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -86,9 +89,9 @@ def variants(experiment: Experiment, params: Params) -> Iterator[Variant]:
 
 def _variant(labels: Labels, params: Params, values: Mapping[str, Any], source: str) -> Variant:
     document = params.model_dump(mode="json")
-    fraction = values.get(TRAIN_FRACTION, 1.0)
+    fraction, teacher = values.get(TRAIN_FRACTION, 1.0), values.get(TEACHER)
     for key, value in values.items():
-        if key == TRAIN_FRACTION:
+        if key in (TRAIN_FRACTION, TEACHER):
             continue
         if key in MOVED:
             raise ParameterError(f"{source}: {key}: is called {MOVED[key]} now")
@@ -101,9 +104,12 @@ def _variant(labels: Labels, params: Params, values: Mapping[str, Any], source: 
         section[name] = value
     if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise ParameterError(f"{source}: {TRAIN_FRACTION}: expected more than 0 and at most 1, got {fraction}")
+    if teacher is not None and not isinstance(teacher, str):
+        raise ParameterError(f"{source}: {TEACHER}: expected the name of a weights file, got {teacher}")
     varied = check_params(document, source)
     training = varied.training.model_copy(update={"epochs": round(varied.training.epochs / fraction)})
-    return Variant(labels, varied.model_copy(update={"training": training}), float(fraction))
+    params = varied.model_copy(update={"training": training})
+    return Variant(labels, params, float(fraction), local_path(teacher) if teacher is not None else None)
 
 
 def labels_of(variant: Variant) -> Iterator[Labels]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.core.parameters import NotNegative, Positive, Section
+from pipeline.losses.kd import standardised
 from pipeline.training.term import FeatureShapes, Step, Term
 
 
@@ -23,6 +24,7 @@ class DkdTerm(Term):
         target: NotNegative = Field(description="weight of the label's class against all others, alpha in the paper")
         non_target: NotNegative = Field(description="weight of the other classes among themselves, beta in the paper")
         warm_up: Annotated[float, Field(ge=0, le=1)] = Field(description="progress of training at which both are whole")
+        standardised: bool = Field(False, description="logits are brought to mean 0 and deviation 1 before")
 
     takes_stacks = True
 
@@ -32,7 +34,10 @@ class DkdTerm(Term):
 
     def forward(self, step: Step) -> Tensor:
         given, batch = self.given, step.teacher_batch
-        parts = decoupled_divergence(step.logits, batch.teacher_logits, batch.labels, given.temperature)
+        logits = step.logits, batch.teacher_logits
+        if given.standardised:
+            logits = standardised(logits[0]), standardised(logits[1])
+        parts = decoupled_divergence(*logits, batch.labels, given.temperature)
         warmth = min(step.progress / given.warm_up, 1.0) if given.warm_up else 1.0
         return warmth * (given.target * parts[0].mean(-1) + given.non_target * parts[1].mean(-1))
 

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.core.parameters import Fraction, Layers
+from pipeline.core.parameters import Layers, Positive
 from pipeline.training.term import FeatureShapes, Step, Term, check_maps, connector
 
 
 class FitNetTerm(Term):
-    """The hint loss of each pair of layers, alone in a first stage; the regressors are trained along.
+    """The hint loss of each pair of layers with its weight; the regressors are trained along.
 
-    The paper's regressor is a convolution that also shrinks larger maps; here the maps must have one size, and it is
-    a 1x1 convolution.
+    It is minimised alone, in a first stage, as in the paper; or, without one, beside all other losses to the end, as in
+    the code of Tian et al. (2020). The paper's regressor is a convolution that also shrinks larger maps; here the maps
+    must have one size, and it is a 1x1 convolution.
     """
 
     class Parameters(Layers):
         """Parameters of this loss."""
 
-        first_stage: Fraction = Field(description="of the epochs, spent on this loss alone")
+        first_stage: Annotated[float, Field(ge=0, lt=1)] = Field(
+            description="fraction of the epochs, spent on this loss alone; 0: it is in the sum with the others"
+        )
+        weight: Positive = 1.0
 
     def __init__(self, parameters: Parameters, shapes: FeatureShapes) -> None:
         super().__init__(parameters, shapes)
-        self.first_stage = parameters.first_stage
+        self.first_stage, self.weight = parameters.first_stage, parameters.weight
         self.layers = parameters.pairs
         self.regressors = nn.ModuleList()
         for name, student, teacher in shapes.pairs(parameters):
@@ -36,7 +42,7 @@ class FitNetTerm(Term):
             hint_loss(regressor(step.student_features[student]), step.teacher_features[teacher])
             for regressor, (student, teacher) in zip(self.regressors, self.layers, strict=True)
         ]
-        return sum(losses, step.logits.new_zeros(()))
+        return self.weight * sum(losses, step.logits.new_zeros(()))
 
 
 def hint_loss(guided: Tensor, hint: Tensor) -> Tensor:

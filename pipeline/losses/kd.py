@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.core.parameters import NotNegative, Positive, Section
 from pipeline.training.term import FeatureShapes, Step, Term
+
+EPSILON = 1e-7  # as in the code of Sun et al.: constant logits become 0
 
 
 class KdTerm(Term):
@@ -17,6 +20,7 @@ class KdTerm(Term):
 
         temperature: Positive
         weight: NotNegative
+        standardised: bool = Field(False, description="logits are brought to mean 0 and deviation 1 before")
 
     takes_stacks = True
 
@@ -25,7 +29,10 @@ class KdTerm(Term):
         self.given = parameters
 
     def forward(self, step: Step) -> Tensor:
-        losses = softened_divergence(step.logits, step.teacher_batch.teacher_logits, self.given.temperature)
+        logits = step.logits, step.teacher_batch.teacher_logits
+        if self.given.standardised:
+            logits = standardised(logits[0]), standardised(logits[1])
+        losses = softened_divergence(*logits, self.given.temperature)
         return self.given.weight * losses.mean(-1)
 
 
@@ -50,3 +57,23 @@ def softened_divergence(student_logits: Tensor, teacher_logits: Tensor, temperat
     student = F.log_softmax(student_logits / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+def standardised(logits: Tensor) -> Tensor:
+    """Return logits less their mean, over their standard deviation, of each sample (Sun et al., 2024).
+
+    A student may then differ from its teacher in the shift and scale of each sample's logits. The deviation is the one
+    with classes - 1 in the denominator, as in the code of the authors.
+
+    Args:
+        logits: (..., classes), two or more.
+
+    Returns:
+        (..., classes) of mean 0 and standard deviation 1; 0 where all logits are equal.
+
+    Example:
+        >>> import torch
+        >>> standardised(torch.tensor([[1.0, 3.0, 5.0]]))
+        tensor([[-1.,  0.,  1.]])
+    """
+    return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + EPSILON)

@@ -145,9 +145,10 @@ class StudentRun:
         with one_cpu_thread(), torch.random.fork_rng(devices=[]):  # forks may follow
             objective = self._objective(build(self.architecture))
         objective.moment(0, self.params.training.epochs)
-        if objective.first_stage and self.processes.several:
+        if self.processes.several and (objective.first_stage or list(objective.terms.parameters())):
             raise ParameterError(
-                f"{self.name}: a method with a first stage trains on one device: set runtime.devices to 1"
+                f"{self.name}: a method with a first stage, or with layers of its own that are trained along, trains "
+                "on one device: set runtime.devices to 1"
             )
 
     def _check_smallest_batch(self) -> None:

@@ -60,7 +60,7 @@ def test_unknown_keys_are_named_with_those_that_are_known(key, known):
 @pytest.mark.parametrize("name", ["sauce", "algorithm", "table", "__init__"])
 def test_unknown_losses_are_named_with_those_that_are_known(name):
     message = refusal({f"method.bss.{name}": 1})
-    assert f"method.bss.{name}: unknown loss; known here: at, bss, dkd, fitnet, fsp, hinton, kd, rkd, own." in message
+    assert f"method.bss.{name}: unknown loss; known here: at, bss, dist, dkd, fitnet, fsp, hinton, kd, rkd" in message
 
 
 @pytest.mark.parametrize("key", ["attack", "attack.views", "teacher.training.epochs", "method.bss.source", "seeds"])
@@ -119,13 +119,17 @@ BAD = [
     ("method.bss.bss.fraction", 1.5, "less than or equal to 1"),
     ("method.bss.bss.zero_at", 0, "greater than 0"),
     ("method.bss.bss.converged_only", 1, "valid boolean"),
-    ("method.fitnet.fitnet.first_stage", 0, "greater than 0"),
+    ("method.fitnet.fitnet.first_stage", -0.1, "greater than or equal to 0"),
+    ("method.fitnet.fitnet.first_stage", 1, "less than 1"),
+    ("method.fitnet.fitnet.weight", 0, "greater than 0"),
     ("method.fsp.fsp.first_stage", 1, "less than 1"),
     ("method.fsp.fsp.weight", 0, "greater than 0"),
     ("method.at.at.weight", math.inf, "finite"),
     ("method.at.at.student_layers", "layer1", "valid list"),
     ("method.dkd.dkd.warm_up", 1.5, "less than or equal to 1"),
     ("method.dkd.dkd.non_target", -1, "greater than or equal to 0"),
+    ("method.kd.kd.standardised", 1, "valid boolean"),
+    ("method.dist.dist.intra", -1, "greater than or equal to 0"),
     ("method.rkd.rkd.angle", -1, "greater than or equal to 0"),
     ("method.rkd.rkd", 3, "valid dictionary"),
     ("runtime.device", "tpu", "'auto', 'cpu' or 'cuda'"),
@@ -167,8 +171,8 @@ def test_a_method_that_does_not_exist_is_refused_with_those_that_do():
     message = refusal({"methods": ["original", "vid"]})
     assert "'methods' names 'vid'" in message
     assert (
-        "original, hinton, bss, kd, kd_bss, hinton_online, bss_online, fitnet, at, fsp, dkd, rkd, dkd_bss, rkd_bss"
-        in message
+        "original, hinton, bss, bss_alone, kd, kd_standardised, kd_bss, hinton_online, bss_online, fitnet, "
+        "fitnet_one_stage, at, fsp, dkd, dkd_standardised, dist, rkd, dkd_bss, rkd_bss" in message
     )
 
 
@@ -197,13 +201,18 @@ def test_fresh_images_are_for_methods_without_losses_and_for_no_other(losses, so
     else:
         message = refusal({"method.mine": method})
         fresh = "method.mine: source 'fresh' has no teacher: losses take 'shards' or 'online'"
-        other = f"method.mine: source '{source}' needs at least one loss: at, bss, dkd, fitnet, fsp, hinton, kd, rkd"
+        other = (
+            f"method.mine: source '{source}' needs at least one loss: at, bss, dist, dkd, fitnet, fsp, hinton, kd, rkd"
+        )
         assert (fresh if source == "fresh" else other) in message
 
 
 def test_two_losses_that_want_a_first_stage_are_refused():
     message = refusal({"method.mine": {"source": "shards", "fitnet": HINTS, "fsp": FLOW}})
     assert "method.mine: 'fitnet' and 'fsp' both want a first stage of their own: take one of them" in message
+    check_params(
+        tiny_values({"method.mine": {"source": "shards", "fitnet": HINTS | {"first_stage": 0}, "fsp": FLOW}}), ""
+    )
 
 
 PAIRS = [(["layer1"], ["layer1", "layer2"]), (["layer1", "layer2"], ["layer1"])]
@@ -238,20 +247,26 @@ def test_a_method_knows_its_losses_and_whether_it_reads_features():
         "original": set(),
         "hinton": {"hinton"},
         "bss": {"hinton", "bss"},
+        "bss_alone": {"bss"},
         "kd": {"kd"},
+        "kd_standardised": {"kd"},
         "kd_bss": {"kd", "bss"},
         "hinton_online": {"hinton"},
         "bss_online": {"hinton", "bss"},
         "fitnet": {"fitnet", "hinton"},
+        "fitnet_one_stage": {"fitnet"},
         "at": {"at"},
         "fsp": {"fsp"},
         "dkd": {"dkd"},
+        "dkd_standardised": {"dkd"},
+        "dist": {"dist"},
         "rkd": {"rkd"},
         "dkd_bss": {"dkd", "bss"},
         "rkd_bss": {"rkd", "bss"},
     }
     assert {name for name, method in methods.items() if method.reads_features} == {
         "fitnet",
+        "fitnet_one_stage",
         "at",
         "fsp",
         "rkd",
@@ -261,7 +276,7 @@ def test_a_method_knows_its_losses_and_whether_it_reads_features():
 
 def test_every_loss_that_parameters_know_has_a_term_with_parameters_of_its_own():
     terms = {name: find_loss(name) for name in known_losses()}
-    assert set(terms) == {"at", "bss", "dkd", "fitnet", "fsp", "hinton", "kd", "rkd"}
+    assert set(terms) == {"at", "bss", "dist", "dkd", "fitnet", "fsp", "hinton", "kd", "rkd"}
     assert all(issubclass(term, Term) and issubclass(term.Parameters, Section) for term in terms.values())
     assert len({term.Parameters for term in terms.values()}) == len(terms)
 
@@ -269,6 +284,19 @@ def test_every_loss_that_parameters_know_has_a_term_with_parameters_of_its_own()
 def test_a_method_is_written_as_it_stands_in_a_file():
     given = tiny_values()["method"]
     assert {name: method.model_dump() for name, method in check_params(tiny_values(), "tiny").method.items()} == given
+
+
+def test_what_a_loss_has_by_default_is_not_written():
+    # So that what is finished stays valid when a loss gets another parameter.
+    kd = {"temperature": 4, "weight": 0.9}
+    for given, written in (
+        (kd | {"standardised": False}, kd),
+        (kd | {"standardised": True}, kd | {"standardised": True}),
+    ):
+        params = check_params(tiny_values({"method.kd": {"source": "shards", "kd": given}}), "tiny")
+        for dumped in (params.method["kd"].model_dump(mode="json"), params.model_dump(mode="json")["method"]["kd"]):
+            assert dumped == {"source": "shards", "kd": written}
+        assert check_params(json.loads(params.model_dump_json()), "tiny").method["kd"] == params.method["kd"]
 
 
 def test_several_mistakes_are_all_told_in_one_line():

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.core.errors import DataError, ParameterError
 from pipeline.core.provenance import ROOT
@@ -14,6 +15,7 @@ from pipeline.experiment.figure import experiment_svg, number_in
 from pipeline.experiment.results import Cell, Cost, Results, Run, read_results, reference_of, results_table
 from pipeline.experiment.spec import check_comparisons, labels_of, load_experiment, variants
 from pipeline.networks.stack import MEMBERS
+from pipeline.networks.weights import load_weights, save_weights
 from tests.support.files import make_project, run_stage, tiny_params, write_params
 
 FILES = sorted((ROOT / "experiments").glob("*.yaml"))
@@ -68,6 +70,7 @@ def test_fewer_images_are_seen_more_often(tmp_path, fraction, epochs):
         ("title: mine\nvalues: {attack.viewz: 3}", "mine: attack.viewz: unknown parameter"),
         ("title: mine\nvalues: {attack.views: 0}", "mine: attack.views: Input should be greater than or equal to 1"),
         ("title: mine\nvalues: {teacher.seed: 3}", "mine: 'teacher.seed' does not vary in an experiment, only attack"),
+        ("title: mine\nvalues: {teacher: 3}", "mine: teacher: expected the name of a weights file, got 3"),
         ("title: mine\nvalues: {runtime.threads: 3}", "'runtime.threads' does not vary"),
         ("title: mine\nvalues: {method.nowhere.at.weight: 3}", "unknown parameter 'method.nowhere.at.weight'"),
         ("title: mine\nvalues: {methods: [nowhere]}", "'methods' names 'nowhere'"),
@@ -133,7 +136,7 @@ def test_make_knows_the_experiments():
     makefile = (ROOT / "Makefile").read_text()
     names = makefile.split("EXPERIMENTS := ")[1].split("\n")[0].split()
     assert len(names) == len(set(names))
-    assert set(names) == {name for name in NAMES if not name.startswith("photographs")}
+    assert set(names) == {name for name in NAMES if not name.startswith(("photographs", "benchmark"))}
     assert "make experiment-NAME  one comparison: $(EXPERIMENTS) photographs" in makefile
 
 
@@ -369,6 +372,48 @@ def test_an_experiment_runs_and_finds_what_is_finished(project):
     assert again.exit_code == 0, again.stderr
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert {each: each.stat().st_mtime_ns for each in (project / ".work/fits").rglob("weights.safetensors")} == stamps
+
+
+TWO_TEACHERS = """
+title: Teachers
+values: {methods: [hinton, at], seeds: 2, attack.views: 1}
+axes:
+  teacher:
+    first: {}
+    second: {teacher: second.safetensors}
+"""
+
+
+def test_students_of_several_teachers_are_those_of_each_alone(project):
+    # The same network with another last bias: another file, other logits.
+    second = load_weights(project / "models/teacher.safetensors")
+    with torch.no_grad():
+        second.network.linear.bias[0] += 1
+    save_weights(second, project / "second.safetensors")
+    result = run_stage("experiment", written(project, TWO_TEACHERS))
+    assert result.exit_code == 0, result.stderr
+    both = read_results(project / "reports/experiments/mine/results.json")
+    table = results_table(both)
+    shutil.rmtree(project / ".work")
+    path = written(project, "title: Teachers\nvalues: {methods: [hinton, at], seeds: 2, attack.views: 1}\n")
+    for label, file in (("first", "models/teacher.safetensors"), ("second", "second.safetensors")):
+        assert run_stage("experiment", path, "--teacher", file, "--out", label).exit_code == 0
+        alone = read_results(project / label / "results.json")
+        assert [cell.runs for cell in both.cells if cell.labels["teacher"] == label] == [
+            cell.runs for cell in alone.cells
+        ]
+        assert both.teacher[file] == alone.teacher
+        assert f"{file} {alone.teacher:.1%}" in table
+        assert both.pairs <= alone.pairs
+    assert both.cells[0].runs != both.cells[2].runs
+    assert both.cells[1].runs != both.cells[3].runs
+
+
+def test_a_teacher_that_is_not_there_is_named(project):
+    result = run_stage("experiment", written(project, TWO_TEACHERS))
+    assert result.exit_code == 1
+    assert "second.safetensors" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_the_results_are_those_of_the_stages(project):

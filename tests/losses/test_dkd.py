@@ -165,6 +165,22 @@ def test_the_term_grows_to_its_weights(epoch, epochs, warm_up, warmth):
     assert asked == []
 
 
+def test_the_term_standardises_both_networks_logits():
+    student = Counting(training_student())
+    batch, _, _, _ = random_batch(8)
+    given = DkdTerm.Parameters(temperature=2.0, target=9.0, non_target=81.0, warm_up=0.0, standardised=True)
+    loss = loss_of(student, {"dkd": given}, batch)
+    (logits,) = student.passes
+    ours, theirs = (
+        (rows - rows.mean(1, keepdims=True)) / rows.std(1, ddof=1, keepdims=True)
+        for rows in (logits, batch.teacher_logits.double().numpy())
+    )
+    target, non_target = all_by_loop(ours, theirs, batch.labels, 2.0)
+    part = 9 * target.mean() + 81 * non_target.mean()
+    assert part > 0.5
+    assert loss.item() == pytest.approx(cross_entropy(logits, batch.labels) + part, rel=1e-5)
+
+
 @pytest.mark.parametrize("weights", [{"target": 1.0, "non_target": 0.0}, {"target": 0.0, "non_target": 1.0}])
 def test_each_part_has_its_own_weight(weights):
     student = Counting(training_student())

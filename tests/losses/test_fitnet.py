@@ -107,3 +107,21 @@ def test_the_gradient_reaches_regressors_and_the_student_and_not_the_teacher():
         assert torch.isfinite(parameter.grad).all()
         assert parameter.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_without_a_first_stage_the_hints_are_in_the_sum_with_their_weight():
+    network, teacher = training_student(), wide_teacher()
+    given = FitNetTerm.Parameters(student_layers=["layer2"], teacher_layers=["layer2"], first_stage=0, weight=200)
+    objective = Objective(network, {"fitnet": given}, teacher)
+    assert objective.moment(0, 8) == Moment(False, 0, 8)
+    (regressor,) = objective.terms[0].regressors
+    student = Counting(network)
+    batch = Batch(images=random_images(6, 12), labels=torch.arange(12) % 4)
+    loss = objective.loss(student, batch, objective.moment(7, 8))
+    ours, theirs = (features_of(each, batch.images)["layer2"] for each in (network, teacher))
+    hints = hint_by_loop(convolved(regressor, ours), theirs)
+    expected = cross_entropy(student.passes[0], batch.labels) + 200 * hints
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    for parameter in (*objective.terms.parameters(), network.network.conv1.weight, network.network.linear.weight):
+        assert parameter.grad.abs().sum() > 0

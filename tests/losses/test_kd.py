@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.losses.hinton import HintonTerm, softened_cross_entropy
-from pipeline.losses.kd import KdTerm, softened_divergence
+from pipeline.losses.kd import KdTerm, softened_divergence, standardised
 from tests.support.helpers import Counting, cross_entropy, loss_of, random_batch, random_logits, training_student
 
 
@@ -70,3 +70,48 @@ def test_hinton_with_a_constant_weight_trains_alike():
         steps.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
     torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-6)
     assert nn.functional.cosine_similarity(*steps, dim=0) > 0.999999
+
+
+def standardised_by_loop(logits):
+    """Of each row in float64: less the mean, over the deviation with C - 1 in its denominator."""
+    rows = []
+    for row in np.asarray(logits, np.float64):
+        mean = sum(row) / len(row)
+        rows.append((row - mean) / math.sqrt(sum((value - mean) ** 2 for value in row) / (len(row) - 1)))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize(("size", "shift"), [(1.0, 0.0), (0.01, 5.0), (300.0, -40.0)])
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_standardised_logits_have_mean_0_and_deviation_1(size, shift, classes):
+    logits = shift + size * random_logits(3, 12, classes).double()
+    np.testing.assert_allclose(standardised(logits), standardised_by_loop(logits), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(standardised(logits.float()), standardised_by_loop(logits), rtol=1e-2, atol=1e-2)
+
+
+def test_equal_logits_are_standardised_to_0_with_a_finite_gradient():
+    logits = torch.full((3, 5), 2.5, requires_grad=True)
+    result = standardised(logits)
+    assert (result == 0).all()
+    softened_divergence(result, standardised(random_logits(0, 3, 5)), 2.0).sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_the_term_standardises_both_networks_logits():
+    student = Counting(training_student())
+    batch, _, _, _ = random_batch(8)
+    given = {"kd": KdTerm.Parameters(temperature=2.0, weight=9.0, standardised=True)}
+    loss = loss_of(student, given, batch, cross_entropy=0.1)
+    (logits,) = student.passes
+    divergence = by_loop(standardised_by_loop(logits), standardised_by_loop(batch.teacher_logits), 2.0).mean()
+    assert divergence > 0.01
+    assert loss.item() == pytest.approx(0.1 * cross_entropy(logits, batch.labels) + 9 * divergence, rel=1e-5)
+    plain = {"kd": KdTerm.Parameters(temperature=2.0, weight=9.0)}
+    assert loss_of(student, plain, batch, cross_entropy=0.1).item() != pytest.approx(loss.item(), rel=1e-3)
+
+
+def test_standardised_a_student_loses_nothing_by_shift_and_scale():
+    teacher = random_logits(1).double()
+    moved = 0.3 * teacher + torch.arange(len(teacher))[:, None]
+    np.testing.assert_allclose(softened_divergence(standardised(moved), standardised(teacher), 2.0), 0, atol=1e-9)
+    assert softened_divergence(moved, teacher, 2.0).min() > 1e-3

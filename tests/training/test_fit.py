@@ -311,6 +311,7 @@ KEYS = {
     ),
     "hinton_online": ({"views.padding": 2}, {"search.tolerance": 0.1, "search.name": "deepfool"}),
     "at": ({"method.at.at.weight": 2}, {"search.tolerance": 0.1, "method.fsp.fsp.weight": 2}),
+    "kd": ({"method.kd.kd.standardised": True}, {"method.kd.kd.standardised": False}),
     "dkd": ({"method.dkd.dkd.target": 2}, {"search.tolerance": 0.1, "method.dkd_bss.dkd.target": 2}),
 }
 
@@ -342,10 +343,12 @@ def test_a_missing_input_is_named(tmp_path, sample_directory, method, missing, e
 
 # Four epochs: methods with a first stage have one of it and three of the second.
 FEW_EPOCHS = {"seeds": 1, "training.epochs": 4, "training.learning_rate": 0.02}
-FEATURES = ("fitnet", "at", "fsp", "rkd", "rkd_bss")
+LOGITS = ("dkd", "dkd_bss", "dkd_standardised", "kd_standardised", "dist", "bss_alone")
+WARMING_UP = ("dkd", "dkd_bss", "dkd_standardised")
+FEATURES = ("fitnet", "fitnet_one_stage", "at", "fsp", "rkd", "rkd_bss")
 
 
-@pytest.mark.parametrize("method", [*FEATURES, "dkd", "dkd_bss"])
+@pytest.mark.parametrize("method", [*FEATURES, *LOGITS])
 def test_every_method_trains_from_shards(tmp_path, sample_directory, method):
     run = student_run(tmp_path, sample_directory, method, FEW_EPOCHS)
     (result,) = run.fit_all()
@@ -353,7 +356,7 @@ def test_every_method_trains_from_shards(tmp_path, sample_directory, method):
     curve = [row["loss"] for row in result.curve]
     assert len(curve) == 4
     # The first epoch is another loss: a stage of its own, or before what warms up.
-    assert curve[-1] < curve[1 if method in ("fitnet", "fsp", "dkd", "dkd_bss") else 0]
+    assert curve[-1] < curve[1 if method in ("fitnet", "fsp", *WARMING_UP) else 0]
     plain = student_run(tmp_path, sample_directory, "original", FEW_EPOCHS).fit(0)
     state, expected = load(result.weights.read_bytes()), load(plain.weights.read_bytes())
     assert {name: tensor.shape for name, tensor in state.items()} == {
@@ -366,12 +369,21 @@ def test_every_method_trains_from_shards(tmp_path, sample_directory, method):
 
 
 def test_methods_end_with_weights_of_their_own(tmp_path, sample_directory):
-    methods = ("hinton", "bss", *FEATURES, "dkd", "dkd_bss")
+    methods = ("hinton", "bss", *FEATURES, *LOGITS)
     ends = [
         student_run(tmp_path, sample_directory, method, FEW_EPOCHS).fit(0).weights.read_bytes() for method in methods
     ]
     for number, one in enumerate(ends):
         assert not any(same_state(one, other) for other in ends[:number]), methods[number]
+
+
+@pytest.mark.parametrize("method", ["fitnet", "fsp", "fitnet_one_stage"])
+def test_stages_and_layers_of_a_methods_own_are_trained_on_one_device(tmp_path, sample_directory, method):
+    two = {"runtime.devices": 2}
+    with pytest.raises(ParameterError, match=r"trains on one device: set runtime\.devices to 1"):
+        student_run(tmp_path, sample_directory, method, two)
+    for other in ("at", "rkd", "dist"):
+        student_run(tmp_path, sample_directory, other, two)
 
 
 @pytest.mark.parametrize("method", FEATURES)
@@ -403,7 +415,7 @@ def test_a_method_that_reads_features_refuses_a_missing_teacher(tmp_path, sample
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("method", ["dkd", "dkd_bss", "hinton", "bss"])
+@pytest.mark.parametrize("method", [*LOGITS, "hinton", "bss"])
 def test_a_method_that_reads_logits_alone_wants_no_teacher(tmp_path, sample_directory, method):
     run = student_run(tmp_path / "none", sample_directory, method, FEW_EPOCHS, teacher=tmp_path / "none.safetensors")
     without = run.fit(0)

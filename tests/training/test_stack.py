@@ -21,7 +21,7 @@ from tests.support.fits import StoppedError, same_state, student_run
 from tests.support.helpers import CPU, attack_parameters, make_shards, view_parameters
 
 SEEDS = range(MEMBERS)
-METHODS = ("original", "hinton", "kd", "bss", "kd_bss", "dkd", "dkd_bss")
+METHODS = ("original", "hinton", "kd", "kd_standardised", "bss", "kd_bss", "dkd", "dkd_standardised", "dist", "dkd_bss")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,8 @@ def after_steps(classifier, method, source, steps=20):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("network", ["resnet8w2", "mlp2w8"])
 def test_a_stack_trains_as_its_members_alone(shards, name, network):
-    method, kind = tiny_params().method[name], architecture_for(network, tiny_splits()["train"])
+    tame = {"method.dist.dist.temperature": 1}  # at 4, T^2 makes this rate diverge, and rounding grows with it
+    method, kind = tiny_params(tame).method[name], architecture_for(network, tiny_splits()["train"])
     first = []
     for seed in SEEDS:
         torch.manual_seed(seed)
