@@ -203,6 +203,10 @@ class ShardSource:
             )
         if self.train.digest != self.shards.manifest.digests.train:
             raise ShardError(f"{self.shards.directory}: the shards were made from other training data")
+        manifest = self.shards.manifest
+        size = manifest.augmentation.image_size or manifest.image_shape[1:]
+        if self.train.images.shape[1:] != (manifest.image_shape[0], *size):
+            raise ShardError(f"{self.shards.directory}: its views are not of images as large as the training data's")
 
 
 class StackedShardSource:

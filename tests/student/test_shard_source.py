@@ -306,6 +306,9 @@ def test_shards_without_images_need_the_training_data_they_were_made_from(shards
         source_of(shards_without_images)
     with pytest.raises(ShardError, match="made from other training data"):
         source_of(shards_without_images, train=random_prepared(1, ROWS, model=teacher))
+    known = shards_without_images.manifest.digests.train
+    with pytest.raises(ShardError, match="its views are not of images as large as the training data's"):
+        source_of(shards_without_images, train=random_prepared(1, ROWS, shape=(1, 6, 6))._replace(digest=known))
 
 
 # Fresh views
