@@ -41,6 +41,7 @@ bench:
 	python -m benchmarks.peers
 	python -m benchmarks.students
 	python -m benchmarks.shards
+	python -m benchmarks.levels
 
 lint: environment
 	ruff check .

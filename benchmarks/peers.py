@@ -69,7 +69,7 @@ def on_their_rays(reference: LogitsFunction, todo: Searches, samples: Tensor) ->
         fast=reference,
         tolerance=TOLERANCE,
     )
-    delta, scale = as_ray(samples - todo.images, quantise=False)
+    delta, scale = as_ray(samples - todo.images, levels=None)
     rows = Rows.at_start(problem)
     rows = replace(
         rows,
@@ -78,7 +78,7 @@ def on_their_rays(reference: LogitsFunction, todo: Searches, samples: Tensor) ->
         slope=-rows.start_margin / scale,
         phase=torch.full_like(rows.phase, Phase.CLOSE),
     )
-    limits = Limits(aim=AIM * TOLERANCE, max_gradients=0, averaged=1, quantise=False)
+    limits = Limits(aim=AIM * TOLERANCE, max_gradients=0, averaged=1, levels=None)
     while len(index := (rows.phase == Phase.CLOSE).nonzero().squeeze(1)):
         rows.put(index, close(rows.take(index), reference, limits))
     done = rows.found & (judge(rows.boundary_logits, todo.base, todo.target, TOLERANCE) == Status.CONVERGED)

@@ -66,7 +66,7 @@ class PlainLoop:
         with torch.enable_grad():
             counted = Counted(self.teacher)
             samples = plain_loop(counted, counted, todo, frozen=False)
-        delta, scale = as_ray(samples - images, quantise=False)
+        delta, scale = as_ray(samples - images, levels=None)
         logits = logits_in_batches(self.teacher, samples, len(images))
         counts = torch.zeros_like(base, dtype=torch.int32)
         return SearchResult(
@@ -149,7 +149,7 @@ def epochs_of_sources(
     shards = BoundaryShards(folder / "bss")
 
     fresh = FreshSource(train, params.views, 0, BATCH, device)
-    plain = TeacherSearch.of(teacher.model, PlainLoop, params.search.tolerance, batch, device)
+    plain = TeacherSearch.of(teacher.model, PlainLoop, params.search.tolerance, params.search.levels, batch, device)
     from_shards = partial(ShardSource, shards, 0, BATCH, device)
     steps, on_boundary = images // BATCH, (Status.CONVERGED,)
     sources: dict[str, tuple[str, Source]] = {

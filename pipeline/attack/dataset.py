@@ -81,7 +81,7 @@ class SampleDataset:
                 f"attack.targets: expected at most {classes - 1}, one less than the classes, got {attack.targets}"
             )
         # Not the number of views, so that more views reuse those that are there.
-        search = {"search": params.search.name, **params.search.model_dump(exclude={"name"})}
+        search = {"search": params.search.name, **params.search.model_dump(exclude={"name"}, exclude_defaults=True)}
         parameters = {
             "attack": attack.model_dump(exclude={"views"}) | search,
             "augmentation": params.views.model_dump(mode="json", exclude_defaults=True),

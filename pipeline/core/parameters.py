@@ -199,6 +199,7 @@ class Search(Section):
     ] = Field(description="newton; the others are for comparison, and few or none of their samples are on the boundary")
     tolerance: Annotated[float, Field(gt=0, le=1)] = Field(description="largest probability margin at the boundary")
     max_gradients: Annotated[int, Field(ge=1, le=1000)] = Field(description="per sample, for newton")
+    levels: Annotated[int, Field(ge=1, le=127)] = Field(127, description="of a direction each way: fewer compress well")
 
 
 class Attack(Section):

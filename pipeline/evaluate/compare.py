@@ -26,7 +26,7 @@ from pipeline.search.geometry import row_sum
 from pipeline.search.newton import NewtonSearch
 
 # The definition of MagSim and AngSim here, whatever search makes the samples.
-MEASURED_BY, TOLERANCE = NewtonSearch(max_gradients=20, quantise=False), 0.02
+MEASURED_BY, TOLERANCE = NewtonSearch(max_gradients=20), 0.02
 BINS = 15  # of confidence
 
 
@@ -155,6 +155,7 @@ def _perturbations(
                 reference=model,
                 fast=folded(model),
                 tolerance=TOLERANCE,
+                levels=None,
                 batch_size=batch_size,
             )
         )

@@ -221,7 +221,7 @@ class ExperimentRun:
         if given := params.pretrained.get(student):
             reads["start"] = given if given == LIBRARY else file_digest(Path(given))
         if uses_samples:
-            reads["search"] = params.search.model_dump()
+            reads["search"] = params.search.model_dump(exclude_defaults=True)
         return reads, fingerprint(codes)
 
     def _record(self, run: WantedRun) -> RunRecord | None:

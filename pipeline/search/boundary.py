@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.status import Status
-from pipeline.search.geometry import per_row, row_sum
+from pipeline.search.geometry import MOST_LEVELS, per_row, row_sum
 
 TOLERANCE = 0.02  # where nobody asks for another one
 LogitsFunction = Callable[[Tensor], Tensor]
@@ -48,6 +48,8 @@ class Problem:
     """The largest probability margin tanh(|m| / 2) of a converged sample."""
     batch_size: int = 256
     """Rows of a pass."""
+    levels: int | None = MOST_LEVELS
+    """Largest magnitude of a direction, whose values are whole numbers; None: directions are not rounded."""
     draw: Sequence[int] = ()
     """What random noise follows from, in a search that takes any."""
     other_views: OtherViews | None = None
@@ -86,7 +88,7 @@ class SearchResult:
     """What was found for R rows. The sample of row r is `images[r] + delta[r] * delta_scale[r]`, never clipped."""
 
     delta: Tensor
-    """(R, C, H, W) float32; whole numbers in [-127, 127] when the search quantises."""
+    """(R, C, H, W) float32; whole numbers from -levels to levels, where directions are rounded."""
     delta_scale: Tensor
     """(R,) float32, at least 0."""
     boundary_logits: Tensor

@@ -68,7 +68,7 @@ class DeepFoolSearch:
             walked[rows] += torch.where(per_row(moves), step, 0)
             active[rows] = moves & (evaluations[rows] < self.steps)
         ends = (images + (1 + self.overshoot) * walked).clamp(0, 1)
-        delta, scale = as_ray(ends - images, quantise=True)
+        delta, scale = as_ray(ends - images, problem.levels)
         logits = problem.reference_logits(images + delta * per_row(scale))
         reached = logits.scatter(1, base[:, None], -torch.inf).argmax(1)
         return conclude(

@@ -17,6 +17,7 @@ from pipeline.search.boundary import (
     check_images,
     logits_in_batches,
 )
+from pipeline.search.geometry import MOST_LEVELS
 from pipeline.search.newton import NewtonSearch
 
 
@@ -83,7 +84,7 @@ def find_boundary(
             _check_classes(name, classes, logits.shape[1])
         base = logits.argmax(1) if base is None else base
         target = logits.scatter(1, base[:, None], -torch.inf).argmax(1) if target is None else target
-        return NewtonSearch(max_gradients=max_gradients, quantise=quantise)(
+        return NewtonSearch(max_gradients=max_gradients)(
             Problem(
                 images=images,
                 base=base,
@@ -93,6 +94,7 @@ def find_boundary(
                 fast=model,
                 tolerance=tolerance,
                 batch_size=batch_size,
+                levels=MOST_LEVELS if quantise else None,
             )
         )
 

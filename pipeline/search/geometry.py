@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-INT8_MAX = 127
+MOST_LEVELS = 127  # that int8 can hold each way
 PROJECTION_STEPS = 6  # each accounts for the pixels that saturated in the last one
 ROUNDING = 1e-6  # relative: a fall that is so nearly as asked is not improved
 
@@ -94,17 +94,19 @@ def project_on_two(
     return point.view_as(origin)
 
 
-def as_ray(perturbation: Tensor, quantise: bool) -> tuple[Tensor, Tensor]:
+def as_ray(perturbation: Tensor, levels: int | None) -> tuple[Tensor, Tensor]:
     """Split perturbations into a direction and the scale at which the direction reaches them.
 
+    Args:
+        perturbation: (R, C, H, W).
+        levels: largest magnitude of the direction, which is rounded to whole numbers; None: it is 1, and not rounded.
+
     Returns:
-        direction (R, C, H, W): largest magnitude 127, rounded to whole numbers, or 1 when not quantised; and
-        scale (R,), 0 for a perturbation of zero.
+        direction (R, C, H, W) and scale (R,), 0 for a perturbation of zero.
     """
-    levels = INT8_MAX if quantise else 1
-    scale = perturbation.abs().amax((1, 2, 3)) / levels
+    scale = perturbation.abs().amax((1, 2, 3)) / (levels or 1)
     direction = perturbation / per_row(torch.where(scale > 0, scale, 1))
-    return direction.round() if quantise else direction, scale
+    return direction.round() if levels else direction, scale
 
 
 def largest_scale(images: Tensor, direction: Tensor, quantised: bool) -> Tensor:

@@ -79,7 +79,7 @@ class Heo2019Search:
             step = per_row(self.step_size * (loss + self.epsilon) / norm) * gradient
             x[rows] = torch.where(per_row(moves), (x[rows] - step).clamp(-self.bound, self.bound), x[rows])
             active[rows] = moves & (evaluations[rows] < self.steps)
-        delta, scale = as_ray((x - start) * self.std, quantise=True)
+        delta, scale = as_ray((x - start) * self.std, problem.levels)
         return conclude(
             problem,
             delta=delta,

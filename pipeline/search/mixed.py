@@ -46,7 +46,7 @@ class MixedSamples:
     @torch.no_grad()
     def __call__(self, problem: Problem) -> SearchResult:
         images = problem.images
-        delta, scale = as_ray(self._mixed(problem) - images, quantise=True)
+        delta, scale = as_ray(self._mixed(problem) - images, problem.levels)
         none = torch.zeros_like(problem.base, dtype=torch.int32)
         return conclude(
             problem,

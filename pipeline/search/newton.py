@@ -55,7 +55,8 @@ class Limits:
     max_gradients: int
     averaged: int
     """Gradients whose mean leads to the boundary."""
-    quantise: bool
+    levels: int | None
+    """Of directions, which are rounded; None: they are not."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -246,11 +247,11 @@ def lay_ray(rows: Rows, end: Tensor, gradient: Tensor, linearised: Tensor, from_
         from_image: (R,) rows whose `end` is an estimate; of others it is where to go.
         limits: whether directions are rounded.
     """
-    delta, full = as_ray(end - rows.images, limits.quantise)
+    delta, full = as_ray(end - rows.images, limits.levels)
     slope = row_sum(gradient * delta)
     scale = -linearised / slope
     sound = from_image & (slope < 0) & (scale > 0.5 * full) & (scale < 1.5 * full)
-    scale = torch.where(sound, torch.minimum(scale, largest_scale(rows.images, delta, limits.quantise)), full)
+    scale = torch.where(sound, torch.minimum(scale, largest_scale(rows.images, delta, bool(limits.levels))), full)
     reached = (rows.images + delta * per_row(scale)).clamp(0, 1)
     return replace(
         rows,
@@ -276,7 +277,7 @@ def close(rows: Rows, logits_of: LogitsFunction, limits: Limits) -> Rows:
     inside = torch.where(margin > 0, scale, rows.inside)
     outside = torch.where(margin <= 0, scale, rows.outside)
     bracketed = torch.isfinite(outside)
-    limit = largest_scale(images, delta, limits.quantise)
+    limit = largest_scale(images, delta, bool(limits.levels))
 
     step = scale - margin / slope
     otherwise = torch.where(bracketed, (inside + outside) / 2, 1.5 * scale)
@@ -355,8 +356,6 @@ class NewtonSearch:
     One alone is noisy. The mean of three leads to a sample about 10 % nearer than two steps of one each, of seven to
     one as near as what a hundred steps of DDN return.
     """
-    quantise: bool = True
-    """Round directions to int8; otherwise they stay float32."""
 
     @classmethod
     def of(cls, given: Search, teacher: Classifier) -> NewtonSearch:
@@ -369,7 +368,7 @@ class NewtonSearch:
             aim=AIM * problem.tolerance,
             max_gradients=self.max_gradients,
             averaged=self.averaged,
-            quantise=self.quantise,
+            levels=problem.levels,
         )
         rows = Rows.at_start(problem)
         steps = {

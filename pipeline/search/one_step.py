@@ -51,7 +51,7 @@ class OneStepSearch:
         images = problem.images
         found = NewtonSearch(max_gradients=self.max_gradients)(problem)
         moved = _of_length(images, self._step(problem), found.distance)
-        delta, scale = as_ray(moved, quantise=True)
+        delta, scale = as_ray(moved, problem.levels)
         stuck = (row_sum(moved.square()) == 0) & (found.status != Status.BASE_MISCLASSIFIED)
         status = torch.where(found.status == Status.CONVERGED, Status.NOT_CONVERGED, found.status)
         result = conclude(

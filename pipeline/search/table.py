@@ -44,4 +44,5 @@ def search_of(teacher: Classifier, given: Search, batch_size: int, device: torch
         batch_size: samples per pass.
         device: where to search.
     """
-    return TeacherSearch.of(teacher, partial(SEARCHES[given.name], given), given.tolerance, batch_size, device)
+    make = partial(SEARCHES[given.name], given)
+    return TeacherSearch.of(teacher, make, given.tolerance, given.levels, batch_size, device)

@@ -23,6 +23,7 @@ class TeacherSearch:
     """A faster copy, from which gradients come."""
     search: BoundarySearch
     tolerance: float
+    levels: int
     batch_size: int
 
     @classmethod
@@ -31,6 +32,7 @@ class TeacherSearch:
         teacher: Classifier,
         make: Callable[[Classifier], BoundarySearch],
         tolerance: float,
+        levels: int,
         batch_size: int,
         device: torch.device,
     ) -> TeacherSearch:
@@ -40,6 +42,7 @@ class TeacherSearch:
             teacher: the reference network, whose logits are recorded; a copy of it is used.
             make: makes the search from the copy, which is on the device.
             tolerance: the largest probability margin of a converged sample.
+            levels: largest magnitude of a direction.
             batch_size: samples per pass.
             device: where to search.
         """
@@ -52,6 +55,7 @@ class TeacherSearch:
             fast=halved(fast) if search.half_gradients else fast,
             search=search,
             tolerance=tolerance,
+            levels=levels,
             batch_size=batch_size,
         )
 
@@ -82,6 +86,7 @@ class TeacherSearch:
                 reference=self.teacher,
                 fast=self.fast,
                 tolerance=self.tolerance,
+                levels=self.levels,
                 batch_size=self.batch_size,
                 draw=draw,
                 other_views=other_views,

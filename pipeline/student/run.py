@@ -357,7 +357,7 @@ def _reads_of(
     if teacher is not None:
         reads["teacher"] = teacher.digest
     if _searches_online(method):
-        reads["search"] = params.search.model_dump()
+        reads["search"] = params.search.model_dump(exclude_defaults=True)
     if inputs.validation is not None:
         reads["validation"] = inputs.validation.digest  # in the curve only
     return reads

@@ -44,7 +44,7 @@ def test_distance_and_robustness_are_those_of_the_students_own_search(split):
     for row in right:
         second = int(logits[row].argsort(descending=True)[1])
         base, target = torch.tensor([split.labels[row]]), torch.tensor([second])
-        result = newton(student, images[row : row + 1], base, target, max_gradients=20, quantise=False)
+        result = newton(student, images[row : row + 1], base, target, max_gradients=20, levels=None)
         if result.status.item() == Status.CONVERGED:
             found[row] = result.distance.item()
     assert 3 < len(found) < 41

@@ -30,7 +30,7 @@ NAN = math.nan
 
 
 def found_perturbations(model, images, base, target):
-    result = newton(model, images, base, target, quantise=False)
+    result = newton(model, images, base, target, levels=None)
     assert (result.status == Status.CONVERGED).all()
     return result.perturbation
 
@@ -106,8 +106,8 @@ def test_the_angle_between_parallel_and_orthogonal_boundaries():
 def test_identical_networks_are_perfectly_similar():
     model, images = tiny_resnet(0), random_images(0, 24)
     base, target = top_two(model, images)
-    result = newton(model, images, base, target, quantise=False)
-    same = newton(tiny_resnet(0), images, base, target, quantise=False)
+    result = newton(model, images, base, target, levels=None)
+    same = newton(tiny_resnet(0), images, base, target, levels=None)
     assert mag_sim(result.perturbation, same.perturbation) == pytest.approx(1, abs=1e-12)
     assert ang_sim(result.perturbation, same.perturbation) == pytest.approx(1, abs=1e-12)
 

@@ -18,7 +18,7 @@ from pipeline.search.newton import Limits, Phase, Rows, close, next_rows, sidest
 from pipeline.search.table import SEARCHES
 from tests.support.helpers import other_classes, random_images, search_parameters, tiny_resnet
 
-LIMITS = Limits(aim=0.019, max_gradients=20, averaged=3, quantise=True)
+LIMITS = Limits(aim=0.019, max_gradients=20, averaged=3, levels=127)
 ITERATIVE = ["newton", "heo2019", "heo2019_probabilities", "deepfool", "fgsm", "random"]
 
 

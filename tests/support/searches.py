@@ -19,7 +19,7 @@ def solve(search, logits_of, images, base, target, *, reference=None, logits=Non
 
 def _split(options):
     """Options of the problem, and hyperparameters of the search."""
-    names = ("tolerance", "batch_size", "reference", "logits", "draw")
+    names = ("tolerance", "levels", "batch_size", "reference", "logits", "draw")
     return {name: options.pop(name) for name in names if name in options}, options
 
 
