@@ -8,7 +8,7 @@ import click
 
 from pipeline.core.files import write_json
 from pipeline.core.parameters import load_params
-from pipeline.evaluate.latency import BATCH, measure_latency
+from pipeline.evaluate.latency import BATCH, measure_latency, milliseconds
 from pipeline.machine.device import set_up_device
 from pipeline.networks.weights import load_weights
 from stages.cli import EXIT_CODES, NOTHING_WRITTEN, errors_in_one_line, params_option, path_option
@@ -36,7 +36,7 @@ def main(params_path: Path, teacher: Path, students: Path, out: Path) -> None:
     measured = measure_latency(models, device)
     write_json(out, measured.model_dump())
     for name, each in measured.networks.items():
-        click.echo(f"{name}: one image {1e3 * each.image:.3g} ms, {BATCH} images {1e3 * each.batch:.3g} ms")
+        click.echo(f"{name}: one image {milliseconds(each.image)} ms, {BATCH} images {milliseconds(each.batch)} ms")
     click.echo(
         f"wrote {out}: medians, {measured.device}, threads: {measured.threads}; show them: python -m stages.report"
     )

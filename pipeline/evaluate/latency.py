@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from pydantic import BaseModel
 
@@ -54,6 +55,16 @@ def _median_seconds(network: Classifier, rows: int) -> float:
     timer = Timer("network(images)", globals=names, num_threads=torch.get_num_threads())
     with torch.no_grad():
         return timer.blocked_autorange(min_run_time=MEASURED).median
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a time for a table, three digits.
+
+    Example:
+        >>> milliseconds(0.000035678), milliseconds(1.5)
+        ('0.0357', '1500')
+    """
+    return np.format_float_positional(1e3 * seconds, precision=3, unique=False, fractional=False, trim="-")
 
 
 def device_name(device: torch.device) -> str:

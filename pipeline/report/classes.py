@@ -19,7 +19,7 @@ from pipeline.report.page import Picture, Pictures, Row, Table
 from pipeline.report.samples import png_of_picture
 
 MOST_NAMED = 20  # classes of a confusion matrix with names and numbers
-LONGEST_NAME = 12  # characters beside a confusion matrix
+LONGEST_NAME = 16  # characters beside a confusion matrix
 THUMBNAIL = 128  # pixels of the longer side, at most
 
 Confusions = Mapping[str, NDArray[np.int64]]

@@ -12,7 +12,7 @@ from pipeline.core.errors import DataError
 from pipeline.core.parameters import Method
 from pipeline.core.text import csv_text, markdown_table, one_line
 from pipeline.evaluate.costs import Costs
-from pipeline.evaluate.latency import BATCH, Latency
+from pipeline.evaluate.latency import BATCH, Latency, milliseconds
 from pipeline.evaluate.statistics import Difference, Estimate, difference, difference_cell, estimate, mean_cell, number
 
 
@@ -156,7 +156,7 @@ def _cost_cells(network: str, costs: Costs, latency: Latency | None) -> list[str
     cells = [f"{value:,}" for value in (costs.parameters, costs.multiply_adds, costs.bytes)]
     if latency is not None:
         measured = latency.networks[network]
-        cells += [f"{1e3 * seconds:.3g}" for seconds in (measured.image, measured.batch)]
+        cells += [milliseconds(measured.image), milliseconds(measured.batch)]
     return cells
 
 
