@@ -10,12 +10,15 @@ from tqdm import tqdm
 from pipeline.core.errors import DataError, ShardError
 from pipeline.core.files import write_atomically, write_json
 from pipeline.core.parameters import Params, load_params
+from pipeline.core.text import one_line
+from pipeline.evaluate.latency import Latency
 from pipeline.experiment.results import Results, read_results
 from pipeline.images.prepared import read_prepared
 from pipeline.machine.device import set_up_device
 from pipeline.networks.classifier import Classifier
 from pipeline.networks.loading import load_for, load_with_digest
 from pipeline.report.charts import histogram
+from pipeline.report.classes import read_confusions, read_disagreed
 from pipeline.report.content import OTHER_DATA, ReportInputs, gather, read_curves
 from pipeline.report.page import plots_page, render
 from pipeline.report.scenes import maps_to_draw
@@ -60,6 +63,7 @@ BIN = ("from", "to", "samples")
     "reports/experiments/views/results.json",
     "Results of the experiment `views`, if any.",
 )
+@path_option("--latency", "reports/latency.json", "What `stages.latency` measured, if it did.")
 @path_option("--out", "reports", "Directory for these files.")
 @other_data_option
 @errors_in_one_line(interrupted=NOTHING_WRITTEN)
@@ -72,6 +76,7 @@ def main(
     teacher: Path,
     students: Path,
     views: Path,
+    latency: Path,
     out: Path,
     other_data: bool,
 ) -> None:
@@ -98,14 +103,19 @@ def main(
     if not other_data:
         check_same_data(shards, dataset.manifest, train.digest, prepared)
     models: dict[str, Classifier] = {"teacher": loaded.model}
+    runs = {"teacher": ["teacher"]}
     for student, method in names:
         title = method if len(params.students) == 1 else f"{student} {method}"
+        runs[title] = [f"{student}-{method}-seed-{record.seed}" for record in records[student, method].seeds]
         models[title] = load_for(students / f"{student}-{method}" / "seed-0.safetensors", train, "student")
     margin, distance = margins_and_distances(dataset.folder, dataset.manifest)
     inputs = ReportInputs(
         params=params,
         teacher=teacher_record,
         students=records,
+        confusions=read_confusions(evaluation / "confusion.h5", runs),
+        disagreements=read_disagreed(evaluation / "disagreements.h5"),
+        latency=_latency(latency, params, loaded.model),
         curves={name: read_curves(curves / "-".join(name) / "curves.csv") for name in names},
         views=_views(views, params),
         shards=dataset,
@@ -121,7 +131,7 @@ def main(
         page = render(gather(inputs, bar.update))
     shown = {method: params.method[method] for method in params.methods}
     sentences = "\n".join(finding(records, shown, params.dataset.name))
-    table = f"{summary_table(params.dataset.name, teacher_record, records)}\n{sentences}\n"
+    table = f"{summary_table(params.dataset.name, params.teacher.network, teacher_record, records)}\n{sentences}\n"
     if dataset.manifest.digests.train != train.digest:
         table += f"\n{OTHER_DATA}\n"
     summary = summarise(params.dataset.name, teacher_record, records)
@@ -138,6 +148,19 @@ def main(
     }.items():
         write_atomically(out / name, content)
     click.echo(f"{table}\nwrote {out / 'report.html'}, and table.md, summary.json and plot data beside it")
+
+
+def _latency(path: Path, params: Params, teacher: Classifier) -> Latency | None:
+    """Read what was measured, if it is of these networks for these images."""
+    if not path.is_file():
+        return None
+    try:
+        measured = Latency.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # pydantic's errors are ValueErrors
+        raise DataError(f"{path}: cannot be read ({one_line(error)}); make it with: python -m stages.latency") from None
+    wanted = {params.teacher.network, *params.students}
+    same = measured.image_shape == teacher.architecture.image_shape
+    return measured if same and wanted <= measured.networks.keys() else None
 
 
 def _views(path: Path, params: Params) -> tuple[Results, str] | None:

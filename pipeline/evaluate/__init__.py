@@ -1,4 +1,4 @@
-"""Stage evaluate: a student beside its teacher, and means over many students.
+"""Stage evaluate: a student beside its teacher, means over many students, and what networks cost.
 
 May import `search`, `networks`, `images`, `machine` and `core`.
 """

@@ -184,6 +184,33 @@ def views_chart(results: Results, student: str) -> Spec:
     return _finished(alt.layer(loop.add_params(_choice()), errors, points))
 
 
+def latency_chart(rows: Rows, methods: Sequence[str]) -> Spec:
+    """Return accuracy against the latency of one image.
+
+    Args:
+        rows: method, network, accuracy (fraction), milliseconds.
+        methods: in the order of the table.
+    """
+    time = alt.Tooltip("milliseconds:Q", format=".3g")
+    points = (
+        _chart(rows)
+        .mark_point(size=110, strokeWidth=2.5)
+        .encode(
+            x=alt.X("milliseconds:Q", title="one image, ms", scale=alt.Scale(type="log", padding=20, nice=False)),
+            y=alt.Y(
+                "accuracy:Q",
+                title="test accuracy",
+                scale=alt.Scale(zero=False, padding=12),
+                axis=alt.Axis(format=".1%"),
+            ),
+            color=_colours(methods),
+            opacity=_chosen(),
+            tooltip=["network:N", "method:N", alt.Tooltip("accuracy:Q", format=".1%"), time],
+        )
+    )
+    return _finished(points.add_params(_choice()))
+
+
 def histogram(values: NDArray[np.float64], limit: float = 0.0) -> list[dict[str, Any]]:
     """Return counts of values (n,), all at least 0, in equal bins from 0 to the largest, or to a limit if that is more.
 

@@ -13,16 +13,30 @@ from markupsafe import Markup
 
 from pipeline.core.errors import DataError
 from pipeline.core.parameters import Params
+from pipeline.evaluate.latency import Latency
+from pipeline.evaluate.quality import Disagreements
 from pipeline.evaluate.statistics import STANDARD_ERRORS
 from pipeline.experiment.results import FEWEST_PAIRS, Results
 from pipeline.images.prepared import Prepared
 from pipeline.networks.classifier import Classifier
 from pipeline.report import charts
+from pipeline.report.classes import Confusions, class_table, confusion_pictures, disagreement_pictures
 from pipeline.report.facts import facts_of
 from pipeline.report.page import Chart, Charts, Content, Picture, Pictures, Row, Table
 from pipeline.report.samples import Example, amplification, pictures, typical_examples
 from pipeline.report.scenes import decision_maps, maps_note, scenes_of
-from pipeline.report.summary import Curves, Students, TeacherRecord, Verdict, finding, table_cells, verdicts
+from pipeline.report.summary import (
+    QUALITY_NOTE,
+    Curves,
+    Students,
+    TeacherRecord,
+    Verdict,
+    estimate_of,
+    finding,
+    quality_cells,
+    table_cells,
+    verdicts,
+)
 from pipeline.shards.reader import BoundaryShards
 
 EXAMPLES = 12  # in the gallery, at most
@@ -47,6 +61,10 @@ class ReportInputs:
     params: Params
     teacher: TeacherRecord
     students: Students
+    confusions: Confusions
+    disagreements: Disagreements
+    latency: Latency | None
+    """Of the teacher's and the students' networks; None where it was not measured."""
     curves: Curves
     views: tuple[Results, str] | None
     """Results of the experiment `views`, and where they are from."""
@@ -100,9 +118,16 @@ def gather(inputs: ReportInputs, progress: Callable[[], Any]) -> Content:
         compared=_compared(inputs),
         finding=finding(students, shown, params.dataset.name),
         table=_table(students, verdicts(students, shown)),
+        quality=_quality(inputs),
+        latency=_latency(inputs),
         accuracy=_accuracy(inputs),
         views=_views(inputs),
         curves=_curves(inputs),
+        confusion=confusion_pictures(inputs.confusions, inputs.train.class_names),
+        classes=class_table(inputs.confusions, inputs.train.class_names),
+        disagreements=disagreement_pictures(
+            inputs.disagreements, inputs.train.class_names, sum(len(each.seeds) for each in students.values())
+        ),
         similarity=_similarity(inputs),
         dataset=_dataset(inputs),
         gallery=Pictures(
@@ -148,6 +173,33 @@ def _difference(verdict: Verdict, named: bool) -> str:
     """Return the cell of a difference; one that is clear begins with a star."""
     star = "*" if verdict.difference.is_clear else ""
     return f"{star}{verdict.text}{f' to {verdict.reference}' if named else ''}"
+
+
+def _quality(inputs: ReportInputs) -> Table:
+    network, measured = inputs.params.teacher.network, inputs.latency
+    header, rows = quality_cells(network, inputs.teacher, inputs.students, measured)
+    note = QUALITY_NOTE
+    if measured is not None:
+        note += f" Times are medians on {measured.device}, threads of the CPU: {measured.threads}."
+    return Table(header=header, rows=rows, note=note)
+
+
+def _latency(inputs: ReportInputs) -> Charts:
+    measured = inputs.latency
+    if measured is None:
+        note = Markup(
+            "How long the networks take was not measured: <code>python -m stages.latency</code> does it on this "
+            "machine, and <code>python -m stages.report</code> then shows it here."
+        )
+        return Charts(charts=[], note=note)
+    rows = [{"method": "teacher", "network": inputs.params.teacher.network, "accuracy": inputs.teacher.accuracy}]
+    for (student, method), records in inputs.students.items():
+        known = estimate_of(records, "accuracy")
+        assert known is not None  # there is at least one seed
+        rows.append({"method": method, "network": student, "accuracy": known.mean})
+    timed = [row | {"milliseconds": 1e3 * measured.networks[str(row["network"])].image} for row in rows]
+    drawn = charts.latency_chart(timed, [*inputs.params.methods, "teacher"])
+    return Charts(charts=[Chart("Accuracy against the time of one image", drawn)])
 
 
 def _runs(students: Students, student: str) -> list[dict[str, Any]]:

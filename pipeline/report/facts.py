@@ -12,7 +12,7 @@ import torch
 
 from pipeline.core.parameters import Params
 from pipeline.core.text import leaves
-from pipeline.machine.processor import processor
+from pipeline.evaluate.latency import device_name
 from pipeline.shards.manifest import Manifest
 
 PACKAGES = ("boundary-distillation", "torch", "torchvision", "numpy", "h5py")
@@ -45,9 +45,8 @@ def _flat(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _versions(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {processor()}"
     found: dict[str, Any] = {
-        "device": name,
+        "device": device_name(device),
         "Python": platform.python_version(),
         "system": platform.platform(terse=True),
     }

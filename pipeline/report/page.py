@@ -67,9 +67,14 @@ class Content:
     compared: str
     finding: Sequence[str]
     table: Table
+    quality: Table
+    latency: Charts
     accuracy: Charts
     views: Charts
     curves: Charts
+    confusion: Pictures
+    classes: Table
+    disagreements: Pictures
     similarity: Charts
     dataset: Charts
     gallery: Pictures

@@ -100,6 +100,11 @@ def pictures(example: Example) -> Iterator[bytes]:
 def png(image: Tensor) -> bytes:
     """Return an image (C, H, W), 1 or 3 channels, clipped to [0, 1], as PNG."""
     values = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return png_of_picture(Image.fromarray(values[..., 0] if values.shape[2] == 1 else values))
+
+
+def png_of_picture(picture: Image.Image) -> bytes:
+    """Return a picture of Pillow as PNG."""
     content = BytesIO()
-    Image.fromarray(values[..., 0] if values.shape[2] == 1 else values).save(content, "PNG", optimize=True)
+    picture.save(content, "PNG", optimize=True)
     return content.getvalue()

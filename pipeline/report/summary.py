@@ -11,7 +11,9 @@ from pydantic import BaseModel
 from pipeline.core.errors import DataError
 from pipeline.core.parameters import Method
 from pipeline.core.text import csv_text, markdown_table, one_line
-from pipeline.evaluate.statistics import Difference, Estimate, difference, difference_cell, estimate, mean_cell
+from pipeline.evaluate.costs import Costs
+from pipeline.evaluate.latency import BATCH, Latency, milliseconds
+from pipeline.evaluate.statistics import Difference, Estimate, difference, difference_cell, estimate, mean_cell, number
 
 
 class Record(BaseModel):
@@ -19,6 +21,8 @@ class Record(BaseModel):
 
     seed: int
     accuracy: float
+    balanced_accuracy: float
+    macro_f1: float
     agreement: float
     teacher_divergence: float
     mag_sim: float | None
@@ -29,15 +33,19 @@ class Record(BaseModel):
 
 
 class StudentRecords(BaseModel):
-    """The runs of one student by one method."""
+    """The runs of one student by one method, and what it costs."""
 
+    costs: Costs
     seeds: list[Record]
 
 
 class TeacherRecord(BaseModel):
-    """The teacher's figures."""
+    """The teacher's figures, and what it costs."""
 
     accuracy: float
+    balanced_accuracy: float
+    macro_f1: float
+    costs: Costs
 
 
 Result = TypeVar("Result", bound=BaseModel)
@@ -46,8 +54,17 @@ Students = Mapping[tuple[str, str], StudentRecords]
 Curves = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
 """By (student, method), rows of seed, epoch and validation_accuracy; none without a validation split."""
 
-MEASURES = ("accuracy", "agreement", "teacher_divergence", "mag_sim", "ang_sim", "mag_sim_common", "ang_sim_common")
-METRICS = {"accuracy": "accuracy", "MagSim": "mag_sim_common", "AngSim": "ang_sim_common"}
+QUALITY = {"accuracy": "Accuracy, %", "balanced_accuracy": "Balanced accuracy, %", "macro_f1": "Macro F1, %"}
+MEASURES = (
+    *QUALITY,
+    "agreement",
+    "teacher_divergence",
+    "mag_sim",
+    "ang_sim",
+    "mag_sim_common",
+    "ang_sim_common",
+)
+METRICS = {name: name for name in QUALITY} | {"MagSim": "mag_sim_common", "AngSim": "ang_sim_common"}
 TABLE = {
     "accuracy": ("Accuracy, %", 100),
     "agreement": ("Agreement with teacher, %", 100),
@@ -84,7 +101,10 @@ def _figures(known: Estimate | None) -> dict[str, float | int | None]:
 
 def summarise(dataset: str, teacher: TeacherRecord, students: Students) -> dict[str, Any]:
     """Return the summary of a comparison, as fractions."""
-    summary: dict[str, Any] = {"dataset": dataset, "teacher": teacher.model_dump(), "students": {}}
+    costs = {"teacher": teacher.costs.model_dump()}
+    costs |= {student: records.costs.model_dump() for (student, _), records in students.items()}
+    figures_of_teacher = teacher.model_dump(exclude={"costs"})
+    summary: dict[str, Any] = {"dataset": dataset, "teacher": figures_of_teacher, "students": {}, "costs": costs}
     for (student, method), records in students.items():
         figures = {measure: _figures(estimate_of(records, measure)) for measure in MEASURES}
         summary["students"].setdefault(student, {})[method] = figures
@@ -92,8 +112,9 @@ def summarise(dataset: str, teacher: TeacherRecord, students: Students) -> dict[
 
 
 def metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the means alone, by student, method and measure: few enough for `dvc metrics` and `dvc exp show`."""
-    shown: dict[str, Any] = {"teacher": {"accuracy": round(summary["teacher"]["accuracy"], 4)}}
+    """Return means and costs alone, by student, method and measure: few enough for `dvc metrics` and `dvc exp show`."""
+    teacher = {name: round(value, 4) for name, value in summary["teacher"].items()}
+    shown: dict[str, Any] = {"teacher": teacher, "costs": summary["costs"]}
     for student, methods in summary["students"].items():
         for method, figures in methods.items():
             means = {name: figures[measure]["mean"] for name, measure in METRICS.items()}
@@ -111,15 +132,52 @@ def table_cells(students: Students) -> tuple[list[str], list[list[str]]]:
     return ["Student", "Method", "n", *(title for title, _ in TABLE.values())], rows
 
 
-def summary_table(dataset: str, teacher: TeacherRecord, students: Students) -> str:
-    """Return the table as Markdown, with the teacher above it and a note below."""
+def quality_cells(
+    network: str, teacher: TeacherRecord, students: Students, latency: Latency | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the table of what networks are worth and what they cost, the teacher's first.
+
+    Args:
+        network: the teacher's.
+        teacher: its figures.
+        students: their figures.
+        latency: of all these networks; None: the table is without.
+    """
+    rows = [[network, "teacher", *(number(getattr(teacher, measure), 100) for measure in QUALITY)]]
+    rows[0] += _cost_cells(network, teacher.costs, latency)
+    for (student, method), records in students.items():
+        cells = [mean_cell(estimate_of(records, measure), 100) for measure in QUALITY]
+        rows.append([student, method, *cells, *_cost_cells(student, records.costs, latency)])
+    header = ["Network", "Method", *QUALITY.values(), "Parameters", "Multiply-adds", "File, bytes"]
+    return header + (["One image, ms", f"{BATCH} images, ms"] if latency is not None else []), rows
+
+
+def _cost_cells(network: str, costs: Costs, latency: Latency | None) -> list[str]:
+    cells = [f"{value:,}" for value in (costs.parameters, costs.multiply_adds, costs.bytes)]
+    if latency is not None:
+        measured = latency.networks[network]
+        cells += [milliseconds(measured.image), milliseconds(measured.batch)]
+    return cells
+
+
+QUALITY_NOTE = (
+    "Balanced accuracy and macro F1 are means over the classes that the test split has, whatever the number of their "
+    "images. Multiply-adds are of one image, in convolutions and products of matrices: half of the floating point "
+    "operations that torch counts."
+)
+
+
+def summary_table(dataset: str, network: str, teacher: TeacherRecord, students: Students) -> str:
+    """Return the tables as Markdown, with the teacher above them and a note below each."""
     header, rows = table_cells(students)
     note = (
         "Mean and standard deviation over student seeds, given one teacher and one draw of views; test split. MagSim "
         "and AngSim over the pairs that all students have in common."
     )
     table = markdown_table(header, rows, words=2)
-    return f"Teacher on {dataset}: {teacher.accuracy:.1%} accuracy.\n\n{table}\n\n{note}\n"
+    quality = markdown_table(*quality_cells(network, teacher, students), words=2)
+    first = f"Teacher on {dataset}: {teacher.accuracy:.1%} accuracy."
+    return "\n\n".join([first, table, note, quality, QUALITY_NOTE]) + "\n"
 
 
 def seeds_csv(students: Students) -> str:

@@ -1,5 +1,6 @@
 """The report: what it says, draws and shows, against independent oracles; and the page in a browser."""
 
+import base64
 import csv
 import dataclasses
 import io
@@ -17,16 +18,29 @@ import torch
 import vl_convert
 from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.metrics import balanced_accuracy_score
 
 from pipeline.core.errors import DataError
-from pipeline.core.parameters import Method
+from pipeline.core.hdf5 import written_hdf5
+from pipeline.core.parameters import Method, load_params
 from pipeline.core.provenance import ROOT
 from pipeline.core.status import Status
 from pipeline.core.timings import RunRecord, read_records, record_run
+from pipeline.evaluate.costs import Costs
+from pipeline.evaluate.latency import Latency, NetworkLatency, milliseconds
 from pipeline.experiment.results import read_results
-from pipeline.images.prepared import write_prepared
+from pipeline.images.prepared import read_prepared, write_prepared
 from pipeline.networks.classifier import Architecture
+from pipeline.networks.weights import load_weights
 from pipeline.report import charts, decision_map
+from pipeline.report.classes import (
+    THUMBNAIL,
+    class_table,
+    confusion_pictures,
+    read_confusions,
+    read_disagreed,
+    thumbnail,
+)
 from pipeline.report.content import read_curves
 from pipeline.report.decision_map import Scene, plane_through, unit_square
 from pipeline.report.page import Chart, Charts, Content, Picture, Pictures, Row, Table, render
@@ -40,12 +54,14 @@ from pipeline.report.summary import (
     curves_csv,
     finding,
     metrics,
+    quality_cells,
     reference_of,
     seeds_csv,
     summarise,
     verdicts,
 )
 from pipeline.shards.reader import BoundaryShards
+from stages.report import _latency as latency_of
 from tests.support.files import CLASS_NAMES, finish, fork_stage, make_project, run_stage, tiny_splits, tiny_teacher
 from tests.support.helpers import (
     CPU,
@@ -72,7 +88,13 @@ METHODS = {
     "bss_online": Method(source="online", hinton=HINTON, bss=BSS),
 }
 MARKDOWN = re.compile(r"`|\*\*|\]\(|^#+ ", re.MULTILINE)
+COSTS = Costs(parameters=1000, multiply_adds=20_000, bytes=4321)
+TEACHER = TeacherRecord(
+    accuracy=0.98765, balanced_accuracy=0.9, macro_f1=0.8, costs=Costs(parameters=3000, multiply_adds=1, bytes=2)
+)
 HOSTILE = "</script><script>alert(1)</script>\"'{{ 7 * 7 }}{% raw %}<!--&"
+
+CLASSES = (HOSTILE, "$\\frac{$", "{{ braces }}", "Größe & <b>" + 80 * "x")
 
 
 def some(*names):
@@ -83,6 +105,8 @@ def record(seed, accuracy, similarity=None):
     return Record(
         seed=seed,
         accuracy=accuracy,
+        balanced_accuracy=accuracy / 2,
+        macro_f1=accuracy / 4,
         agreement=accuracy,
         teacher_divergence=0.1,
         mag_sim=similarity,
@@ -93,8 +117,12 @@ def record(seed, accuracy, similarity=None):
     )
 
 
+def student(*seeds, costs=COSTS):
+    return StudentRecords(costs=costs, seeds=list(seeds))
+
+
 def runs(*accuracies):
-    return StudentRecords(seeds=[record(seed, accuracy) for seed, accuracy in enumerate(accuracies)])
+    return student(*(record(seed, accuracy) for seed, accuracy in enumerate(accuracies)))
 
 
 # What came out: the sentence and the table's differences
@@ -211,7 +239,7 @@ def test_a_method_that_is_compared_with_none_is_named():
 
 
 def test_tables_of_runs_are_read_back_by_csv():
-    students = {("net", "a.b"): StudentRecords(seeds=[record(0, 0.123456789), record(3, 1.0, 0.25)])}
+    students = {("net", "a.b"): student(record(0, 0.123456789), record(3, 1.0, 0.25))}
     rows = list(csv.DictReader(io.StringIO(seeds_csv(students))))
     assert [(row["student"], row["method"], row["seed"]) for row in rows] == [("net", "a.b", "0"), ("net", "a.b", "3")]
     assert [float(row["accuracy"]) for row in rows] == pytest.approx([0.123456789, 1.0], abs=1e-6)
@@ -225,11 +253,38 @@ def test_curves_are_read_back(tmp_path):
 
 
 def test_metrics_are_the_means_of_the_summary_alone():
-    students = {("net", "original"): runs(0.5, 0.6), ("net", "bss"): StudentRecords(seeds=[record(0, 0.75, 0.25)])}
-    assert metrics(summarise("toys", TeacherRecord(accuracy=0.98765), students)) == {
-        "teacher": {"accuracy": 0.9877},
-        "net": {"original": {"accuracy": 0.55}, "bss": {"accuracy": 0.75, "MagSim": 0.25, "AngSim": 0.25}},
+    students = {("net", "original"): runs(0.5, 0.6), ("net", "bss"): student(record(0, 0.75, 0.25))}
+    assert metrics(summarise("toys", TEACHER, students)) == {
+        "teacher": {"accuracy": 0.9877, "balanced_accuracy": 0.9, "macro_f1": 0.8},
+        "net": {
+            "original": {"accuracy": 0.55, "balanced_accuracy": 0.275, "macro_f1": 0.1375},
+            "bss": {
+                "accuracy": 0.75,
+                "balanced_accuracy": 0.375,
+                "macro_f1": 0.1875,
+                "MagSim": 0.25,
+                "AngSim": 0.25,
+            },
+        },
+        "costs": {"teacher": TEACHER.costs.model_dump(), "net": COSTS.model_dump()},
     }
+
+
+def test_the_table_of_quality_and_cost_begins_with_the_teacher():
+    students = {("net", "original"): runs(0.5, 0.75), ("net", "bss"): runs(0.5)}
+    plain = ["Network", "Method", "Accuracy, %", "Balanced accuracy, %", "Macro F1, %"]
+    plain += ["Parameters", "Multiply-adds", "File, bytes"]
+    of_teacher = ["big", "teacher", "98.8", "90.0", "80.0", "3,000", "1", "2"]
+    of_students = [
+        ["net", "original", "62.5 ± 17.7", "31.2 ± 8.8", "15.6 ± 4.4", "1,000", "20,000", "4,321"],
+        ["net", "bss", "50.0", "25.0", "12.5", "1,000", "20,000", "4,321"],
+    ]
+    assert quality_cells("big", TEACHER, students) == (plain, [of_teacher, *of_students])
+    networks = {"big": NetworkLatency(image=0.0123, batch=1.5), "net": NetworkLatency(image=0.00025, batch=0.002)}
+    latency = Latency(device="a CPU", threads=2, image_shape=(1, 8, 8), networks=networks)
+    header, rows = quality_cells("big", TEACHER, students, latency)
+    assert header[8:] == ["One image, ms", "64 images, ms"]
+    assert [row[8:] for row in rows] == [["12.3", "1500"], ["0.25", "2"], ["0.25", "2"]]
 
 
 def test_csv_text_quotes_what_would_end_a_field():
@@ -737,20 +792,111 @@ def test_a_histogram_of_nothing_has_no_bins():
     assert charts.histogram(np.zeros(0)) == []
 
 
+# Class by class
+
+
+def confusions_of(classes, seed=0, runs=3):
+    """Confusion matrices of a teacher and a student by NumPy, of a split that lacks class 1."""
+    generator = np.random.default_rng(seed)
+    labels = generator.choice([number for number in range(classes) if number != 1], 200)
+    found = {}
+    for name, count in (("teacher", 1), ("net", runs)):
+        found[name] = np.zeros((count, classes, classes), int)
+        for matrix in found[name]:
+            predicted = np.where(generator.random(200) < 0.7, labels, generator.integers(0, classes, 200))
+            np.add.at(matrix, (labels, predicted), 1)
+    return found, labels
+
+
+def test_the_table_of_classes_has_counts_and_the_spread_over_seeds():
+    found, labels = confusions_of(4)
+    table = class_table(found, CLASSES)
+    assert table.header == ["Class", "Images", "teacher", "net"]
+    assert [row[0] for row in table.rows] == list(CLASSES)
+    assert table.rows[1][1:] == ["0", "-", "-"]
+    for number in (0, 2, 3):
+        count = (labels == number).sum()
+        shares = 100 * found["net"][:, number, number] / count
+        expected = [str(count), f"{100 * found['teacher'][0, number, number] / count:.1f}"]
+        assert table.rows[number][1:] == [*expected, f"{shares.mean():.1f} ± {shares.std(ddof=1):.1f}"]
+
+
+def test_a_class_accuracy_over_one_seed_has_no_deviation():
+    found, _ = confusions_of(4, runs=1)
+    assert all("±" not in cell for row in class_table(found, CLASSES).rows for cell in row)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("classes", [2, 3, 20, 21, 100])
+def test_confusion_matrices_are_drawn_for_any_number_of_classes_and_any_names(classes):
+    names = [(*CLASSES, "Größe")[number % 5] for number in range(classes)]
+    found, _ = confusions_of(classes)
+    (row,) = confusion_pictures(found, names).rows
+    assert [picture.text for picture in row.pictures] == ["teacher", "net"]
+    for picture in row.pictures:
+        drawn = Image.open(io.BytesIO(picture.png))
+        assert 300 < drawn.width == drawn.height < 2000
+
+
+def texts_of(monkeypatch, matrices, names):
+    """The texts in the cells of the confusion matrix of the last network, by (row, column)."""
+    figures = []
+    monkeypatch.setattr("pipeline.report.classes.png_of", lambda figure: figures.append(figure) or b"")
+    confusion_pictures(matrices, names)
+    (axes,) = figures[-1].axes
+    return {(text.get_position()[1], text.get_position()[0]): text.get_text() for text in axes.texts}, axes
+
+
+def test_cells_are_means_over_seeds_in_per_cent_of_the_row(monkeypatch):
+    first, second = np.array([[8, 2], [0, 0]]), np.array([[4, 6], [0, 0]])
+    texts, axes = texts_of(monkeypatch, {"net": np.stack([first, second])}, ["a", "b"])
+    assert texts == {(0, 0): "60", (0, 1): "40"}  # class b has no images
+    np.testing.assert_allclose(axes.images[0].get_array(), [[0.6, 0.4], [0, 0]])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    texts, _ = texts_of(monkeypatch, {"net": np.array([[[499, 1], [0, 500]]])}, ["a", "b"])
+    assert texts == {(0, 0): "100", (0, 1): "<1", (1, 1): "100"}
+
+
+def test_beyond_twenty_classes_there_are_no_numbers(monkeypatch):
+    for classes, numbers in ((20, True), (21, False)):
+        found, _ = confusions_of(classes)
+        texts, axes = texts_of(monkeypatch, found, [f"c{number}" for number in range(classes)])
+        assert bool(texts) == numbers
+        assert ("c0" in [label.get_text() for label in axes.get_yticklabels()]) == numbers
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 20), (3, 224, 224), (1, 100, 300), (1, 1, 2)])
+def test_thumbnails_keep_small_images_and_shrink_large_ones(shape):
+    image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    image[:, : shape[1] // 2] = 200
+    drawn = Image.open(io.BytesIO(thumbnail(image)))
+    channels, height, width = shape
+    scale = min(1, THUMBNAIL / max(height, width))
+    assert drawn.size == (round(width * scale), round(height * scale))
+    assert drawn.mode == ("L" if channels == 1 else "RGB")
+    values = np.asarray(drawn).reshape(*drawn.size[::-1], channels)
+    if scale == 1:
+        assert np.array_equal(values.transpose(2, 0, 1), image)
+    else:
+        assert np.abs(values[: len(values) // 3].astype(int) - 200).max() <= 3
+
+
 # The page
 
 
-CHARTS, PICTURES = ("accuracy", "views", "curves", "similarity", "dataset"), ("gallery", "maps")
-SECTIONS = ("finding", "table", "accuracy", "views", "curves", "similarity", "dataset", "gallery", "maps", "facts")
+CHARTS = ("latency", "accuracy", "views", "curves", "similarity", "dataset")
+PICTURES, TABLES = ("confusion", "disagreements", "gallery", "maps"), ("table", "quality", "classes")
+SECTIONS = ("finding", "table", "quality", "accuracy", "views", "curves", "classes", "disagreements", "similarity")
+SECTIONS += ("dataset", "gallery", "maps", "facts")
 MOST_BYTES = 8_000_000
 
 
 class Parsed(HTMLParser):
-    """Elements of a page: (tag, attributes), the text between tags, and the text of each script."""
+    """Elements of a page: (tag, attributes), the text between tags, rows of tables, and the text of each script."""
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.text, self.scripts = [], "", []
+        self.tags, self.text, self.scripts, self.rows = [], "", [], []
         self.inside = None
         self.feed(page)
 
@@ -759,6 +905,10 @@ class Parsed(HTMLParser):
         self.inside = tag
         if tag == "script":
             self.scripts.append("")
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
 
     def handle_endtag(self, tag):
         self.inside = None
@@ -768,6 +918,8 @@ class Parsed(HTMLParser):
             self.scripts[-1] += data
         elif self.inside != "style":
             self.text += data
+            if self.inside in ("td", "th"):
+                self.rows[-1][-1] += data
 
     @property
     def fetched(self):
@@ -791,7 +943,7 @@ def content(word, **changes):
     values = {"title": word, "compared": word, "finding": [word], "facts": {word: {word: word}}}
     values |= {name: Charts(charts=[chart], note=word) for name in CHARTS}
     values |= {name: Pictures(rows=[row], note=word) for name in PICTURES}
-    values["table"] = Table(header=[word] * 5, rows=[[word] * 5], note=word)
+    values |= {name: Table(header=[word] * 5, rows=[[word] * 5], note=word) for name in TABLES}
     return Content(**(values | changes))
 
 
@@ -799,10 +951,10 @@ def content(word, **changes):
 def test_whatever_stands_on_the_page_is_text(word):
     parsed, plain = Parsed(render(content(word))), Parsed(render(content("word")))
     assert [tag for tag, _ in parsed.tags] == [tag for tag, _ in plain.tags]
-    assert [tag for tag, _ in parsed.tags].count("script") == 5 + 2
+    assert [tag for tag, _ in parsed.tags].count("script") == 6 + 2
     assert parsed.text.count(word) >= 20 or word == "*"
     specs = [json.loads(script) for script in parsed.scripts if script.startswith("{")]
-    assert len(specs) == 5
+    assert len(specs) == 6
     assert all(word in json.dumps(spec, ensure_ascii=False).replace('\\"', '"') for spec in specs)
     assert all(each.startswith(("data:", "#")) for each in parsed.fetched)
     assert word in dict(parsed.tags)["img"]["alt"]
@@ -811,14 +963,13 @@ def test_whatever_stands_on_the_page_is_text(word):
 def test_a_page_without_content_has_its_sections_and_notes():
     nothing = {name: Charts(charts=[], note="word") for name in CHARTS}
     nothing |= {name: Pictures(rows=[], note="word") for name in PICTURES}
-    nothing["table"] = Table(header=[], rows=[], note="word")
+    nothing |= {name: Table(header=[], rows=[], note="word") for name in TABLES}
     page = Parsed(render(content("word", finding=[], **nothing, facts={})))
     assert tuple(each["id"] for tag, each in page.tags if "id" in each) == SECTIONS
-    assert page.text.count("word") >= 8
+    assert page.text.count("word") >= 8 + 4
 
 
 EPOCHS = 20  # so that students know enough to have pairs in common
-CLASSES = (HOSTILE, "$\\frac{$", "{{ braces }}", "Größe & <b>" + 80 * "x")
 
 
 @pytest.fixture(scope="module")
@@ -881,11 +1032,86 @@ def test_class_names_are_text_on_the_page(page):
 def test_the_table_of_the_page_is_that_of_the_file_and_the_sentence_stands_in_both(page, project):
     text = (project / "reports/table.md").read_text()
     for line in text.splitlines():
-        if line.startswith("| ") and not line.startswith("| Student"):
+        if line.startswith("| ") and not line.startswith(("| Student", "| Network")):
             assert all(cell.strip() in page.text for cell in line.strip("| ").split("|"))
     sentences = [line for line in text.splitlines() if line.startswith(("resnet8w2 on", "mlp1w16 on"))]
     assert len(sentences) == 2
     assert all(sentence in page.text for sentence in sentences)
+
+
+def test_the_quality_and_the_classes_on_the_page_are_those_of_the_weights(page, project):
+    test = read_prepared(project / "data/prepared/test.h5")
+    names = [f"{student}-{method}" for student in ("resnet8w2", "mlp1w16") for method in ("original", "hinton", "bss")]
+    images = torch.from_numpy(test.images) / 255
+    for name in names:
+        balanced, shares = [], []
+        for seed in range(2):
+            model = load_weights(project / f"models/students/{name}/seed-{seed}.safetensors").eval()
+            predicted = model(images).argmax(1).numpy()
+            balanced.append(100 * balanced_accuracy_score(test.labels, predicted))
+            shares.append(100 * (predicted == test.labels)[test.labels == 2].mean())
+        student, method = name.split("-")
+        _, row = (row for row in page.rows if row[:2] == [student, method])  # the second table
+        assert row[3] == f"{np.mean(balanced):.1f} ± {np.std(balanced, ddof=1):.1f}"
+        (row,) = (row for row in page.rows if row[0] == CLASSES[2])
+        assert row[1] == str((test.labels == 2).sum())
+        assert row[3 + names.index(name)] == f"{np.mean(shares):.1f} ± {np.std(shares, ddof=1):.1f}"
+
+
+def test_the_images_on_which_networks_disagree_are_in_the_test_split(page, project):
+    test = read_prepared(project / "data/prepared/test.h5")
+    shown = [dict(attributes) for tag, attributes in page.tags if tag == "img"]
+    shown = [each for each in shown if each["alt"].startswith("Test image, ")]
+    assert 0 < len(shown) <= 16
+    for each in shown:
+        content = base64.b64decode(each["src"].partition(",")[2])
+        image = np.asarray(Image.open(io.BytesIO(content)))[None]
+        (row,) = np.nonzero((test.images == image).all((1, 2, 3)))[0]
+        assert each["alt"] == f"Test image, {CLASSES[test.labels[row]]}"
+
+
+def test_latency_is_shown_where_it_was_measured_for_these_images(project, monkeypatch):
+    monkeypatch.chdir(project)
+    monkeypatch.setattr("pipeline.evaluate.latency.MEASURED", 0.05)
+    result = run_stage("latency", "--out", "measured/latency.json")
+    assert result.exit_code == 0, result.output
+    measured = json.loads((project / "measured/latency.json").read_text())
+    assert set(measured["networks"]) == {"resnet8w2", "mlp1w16"}
+    arguments = ("report", "--latency", "measured/latency.json", "--out", "measured")
+    code, _, errors = finish(fork_stage(project, *arguments))
+    assert code == 0, errors
+    page = Parsed((project / "measured/report.html").read_text())
+    _, row = (row for row in page.rows if row[:2] == ["mlp1w16", "bss"])
+    assert row[8:] == [milliseconds(measured["networks"]["mlp1w16"][name]) for name in ("image", "batch")]
+    (chart,) = (json.loads(each) for each in page.scripts if each.startswith("{") and '"milliseconds"' in each)
+    drawn = {(each["network"], each["method"]): each for each in rows_of(chart, chart)}
+    assert len(drawn) == 2 * 3 + 1
+    teacher = json.loads((project / "reports/evaluation/teacher.json").read_text())
+    assert drawn["resnet8w2", "teacher"]["accuracy"] == teacher["accuracy"]
+    assert "was not measured" not in page.text
+
+    for change in ({"image_shape": [3, 8, 8]}, {"networks": {"mlp1w16": measured["networks"]["mlp1w16"]}}):
+        (project / "other.json").write_text(json.dumps(measured | change))
+        assert latency_of(Path("other.json"), load_params(Path("params.yaml")), tiny_teacher()) is None
+    (project / "other.json").write_text("{}")
+    result = run_stage("report", "--latency", "other.json", "--out", "elsewhere")
+    assert result.exit_code == 1
+    assert "other.json: cannot be read (" in result.stderr
+    assert "make it with: python -m stages.latency" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["confusion.h5", "disagreements.h5"])
+@pytest.mark.parametrize("content", [None, b"", b"no HDF5", "empty"])
+def test_damaged_results_of_the_evaluation_are_named(tmp_path, name, content):
+    if content == "empty":
+        with written_hdf5(tmp_path / name):
+            pass
+    elif content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: cannot be read \(.*make it with: python -m stages\.evaluate"):
+        read_confusions(tmp_path / name, {"net": ["net"]}) if name == "confusion.h5" else read_disagreed(
+            tmp_path / name
+        )
 
 
 def test_no_markdown_stands_on_a_page(page, project):

@@ -106,7 +106,7 @@ def test_every_stage_ends_with_a_line_that_says_what_it_wrote(chain):
 def test_the_summary_has_a_figure_for_every_student_and_method(chain):
     directory, _ = chain
     summary = json.loads((directory / "reports/summary.json").read_text())
-    assert set(summary) == {"dataset", "teacher", "students"}
+    assert set(summary) == {"dataset", "teacher", "students", "costs"}
     assert summary["dataset"] == "digits"
     assert 0.15 < summary["teacher"]["accuracy"] <= 1
     assert set(summary["students"]) == {"resnet8w2"}
