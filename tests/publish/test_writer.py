@@ -9,7 +9,7 @@ from pipeline.shards.format import Column
 
 
 def write(path, columns):
-    given = {"index": np.arange(50, dtype=np.uint32), "crop": np.zeros((50, 2), np.int16)} | columns
+    given = {"index": np.arange(84, dtype=np.uint32), "crop": np.zeros((84, 2), np.int16)} | columns
     known = {name: Column(str(values.dtype), values.shape[1:], "") for name, values in given.items()}
     write_shard(path, given, known, fingerprint="0" * 64, view=0, block=0, compression="gzip")
 
@@ -17,7 +17,7 @@ def write(path, columns):
 @pytest.mark.parametrize("dtype", ["int8", "float32", "int64"])
 @pytest.mark.parametrize("rows_of_bytes", [16, 3072, 200_000])
 def test_columns_are_read_by_plain_h5py(tmp_path, dtype, rows_of_bytes):
-    shape = (50, rows_of_bytes // np.dtype(dtype).itemsize)
+    shape = (84, rows_of_bytes // np.dtype(dtype).itemsize)
     values = np.random.default_rng(0).integers(-9, 9, shape).astype(dtype)
     write(tmp_path / "shard.h5", {"values": values})
     with h5py.File(tmp_path / "shard.h5") as file:
@@ -28,8 +28,8 @@ def test_columns_are_read_by_plain_h5py(tmp_path, dtype, rows_of_bytes):
 
 
 def test_noise_takes_hardly_more_than_its_entropy_and_repetition_next_to_nothing(tmp_path):
-    noise = np.rint(np.random.default_rng(0).normal(0, 3, (50, 3072))).clip(-15, 15).astype(np.int8)
-    write(tmp_path / "shard.h5", {"noise": noise, "same": np.tile(noise[:1], (50, 1))})
+    noise = np.rint(np.random.default_rng(0).normal(0, 3, (84, 3072))).clip(-15, 15).astype(np.int8)
+    write(tmp_path / "shard.h5", {"noise": noise, "same": np.tile(noise[:1], (84, 1))})
     shares = np.unique(noise, return_counts=True)[1] / noise.size
     entropy = -(shares * np.log2(shares)).sum() / 8 * noise.size
     with h5py.File(tmp_path / "shard.h5") as file:
