@@ -80,10 +80,10 @@ class SampleDataset:
             raise ParameterError(
                 f"attack.targets: expected at most {classes - 1}, one less than the classes, got {attack.targets}"
             )
-        # Not the number of views, so that more views reuse those that are there.
-        search = {"search": params.search.name, **params.search.model_dump(exclude={"name"})}
+        search = {"search": params.search.name, **params.search.model_dump(exclude={"name"})} if attack.targets else {}
         parameters = {
-            "attack": attack.model_dump(exclude={"views"}) | search,
+            # Not the number of views, so that more views reuse those that are there.
+            "attack": attack.model_dump(exclude={"views"}, exclude_defaults=True) | search,
             "augmentation": params.views.model_dump(mode="json", exclude_defaults=True),
         }
         if train.view_size:
@@ -96,8 +96,9 @@ class SampleDataset:
             attack.embed_images,
             params.views,
             train.images.shape[2:],
+            attack.logits,
         )
-        code = shard_code(params.search.name, teacher.model.architecture.network)
+        code = shard_code(params.search.name if attack.targets else None, teacher.model.architecture.network)
         return cls(
             train=train,
             views=params.views,
@@ -253,13 +254,13 @@ class SampleDataset:
             rows=block.rows,
             bytes=source.stat().st_size,
             sha256=self.store.digest(name),
-            statuses=count_statuses(read_columns(source, ["status"])["status"]),
+            statuses=count_statuses(read_columns(source, {"status"} & self.columns.keys())),
         )
 
 
 def shards_at_once(search: TeacherSearch, attack: Attack, train: Prepared) -> int:
     """Return how many shards are searched together: several on a GPU, as many as its free memory is sure to take."""
-    if search.device.type == "cpu" or search.search.draws:
+    if search.device.type == "cpu" or search.search.draws or not attack.targets:
         return 1
     samples = attack.rows_per_shard * attack.targets
     state = samples * prod(train.view_shape) * SEARCH_BYTES

@@ -107,7 +107,7 @@ class Manifest(_Strict):
     digests: Digests
     rows: int = Field(ge=1, description="of the training split")
     views: int = Field(ge=1)
-    targets: int = Field(ge=1)
+    targets: int = Field(ge=0)
     shards: list[ShardEntry]
     totals: Totals
 
@@ -128,9 +128,11 @@ class Manifest(_Strict):
 
 def columns_in_order(manifest: Manifest) -> dict[str, Column]:
     """Return the columns of a dataset as the format has them: a manifest that was read has them by name."""
-    rule, embed_images = manifest.augmentation, "image" in manifest.columns
+    rule, given = manifest.augmentation, manifest.columns
     sizes = manifest.image_shape, len(manifest.class_names), manifest.targets
-    return columns_of(*sizes, embed_images, rule, rule.image_size)
+    halved = "teacher_logits" in given and given["teacher_logits"].dtype == "float16"
+    logits = "float16" if halved else "float32"
+    return columns_of(*sizes, "image" in given, rule, rule.image_size, logits)
 
 
 def totals_of(shards: list[ShardEntry], targets: int) -> Totals:
@@ -245,6 +247,8 @@ def _check_consistent(manifest: Manifest, path: str) -> None:
     for view in range(manifest.views):
         if sum(blocks[view, block].rows for block in range(per_view)) != manifest.rows:
             raise ShardError(f"{path}: the blocks of view {view} do not add up to {manifest.rows} rows")
+    if not manifest.targets and any(any(shard.statuses.values()) for shard in manifest.shards):
+        raise ShardError(f"{path}: counts samples, but has no target classes")
     if manifest.totals != totals_of(manifest.shards, manifest.targets):
         raise ShardError(f"{path}: the totals are not the sums over the shards")
 

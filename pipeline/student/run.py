@@ -117,6 +117,7 @@ class StudentRun:
         if given := params.pretrained.get(student):
             start = read_start(given, architecture)
             architecture = start.normalised_as(architecture)
+        _check_samples(name, chosen, inputs)
         teacher = _teacher_of(name, chosen, inputs)
         run = cls(
             name=name,
@@ -308,6 +309,17 @@ def _architecture_of(student: str, name: str, method: Method, inputs: StudentInp
     manifest = _needed(inputs.shards, name, method, "a sample dataset").manifest
     classes = len(manifest.class_names)
     return Architecture(student, classes, manifest.image_shape, tuple(manifest.mean), tuple(manifest.std))
+
+
+def _check_samples(name: str, method: Method, inputs: StudentInputs) -> None:
+    """Refuse a method that trains on boundary-supporting samples, where the shards have none."""
+    if method.source != "shards" or inputs.shards is None or inputs.shards.manifest.targets:
+        return
+    if statuses_of(method.losses):
+        raise DataError(
+            f"{name}: trains on boundary-supporting samples, and {inputs.shards.directory} has none (attack.targets is "
+            "0): take a method that reads logits alone, as hinton, kd, dkd or dist, or make samples"
+        )
 
 
 def _teacher_of(name: str, method: Method, inputs: StudentInputs) -> Loaded | None:

@@ -149,7 +149,7 @@ class ShardSource:
 
     def _batch(self, columns: dict[str, Tensor], rows: Tensor, noise: Tensor) -> TeacherBatch:
         images = pixels(columns["image"][rows])
-        labels, logits = columns["label"][rows], columns["teacher_logits"][rows]
+        labels, logits = columns["label"][rows], columns["teacher_logits"][rows].float()
         if not self.statuses:
             return TeacherBatch(images=images, labels=labels, teacher_logits=logits)
         usable = is_any_of(columns["status"][rows], self.statuses)
