@@ -60,7 +60,7 @@ class Augmentation(_Strict):
     def _what_is_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what is as in format version 1."""
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
-        return {name: value for name, value in handler(self).items() if value != defaults[name]}
+        return {name: value for name, value in handler(self).items() if getattr(self, name) != defaults[name]}
 
 
 class Digests(_Strict):

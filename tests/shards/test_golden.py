@@ -12,7 +12,7 @@ import pytest
 from pipeline.core.provenance import ROOT
 from pipeline.shards.check import find_problems
 from pipeline.shards.format import VERSIONS
-from pipeline.shards.manifest import read_manifest
+from pipeline.shards.manifest import manifest_text, read_manifest
 from pipeline.shards.reader import BoundaryShards
 from tests.support.make_golden import KINDS, digests_of, golden_images
 from tests.support.resizing import resized_by_whole_numbers
@@ -27,6 +27,12 @@ def test_a_golden_dataset_is_whole_and_reads_as_it_was_written(version, kind):
     assert manifest.format_version == version
     assert find_problems(directory / kind, manifest) == []
     assert digests_of(directory / kind) == json.loads((directory / "columns.json").read_text())[kind]
+
+
+@pytest.mark.parametrize(("version", "kind"), [(version, kind) for version in KINDS for kind in KINDS[version]])
+def test_the_manifest_of_a_golden_dataset_is_written_again_as_it_was(version, kind):
+    path = GOLDEN / f"version-{version}" / kind / "manifest.json"
+    assert manifest_text(read_manifest(path.parent)) == path.read_text()
 
 
 def test_every_version_that_is_read_has_golden_datasets():
