@@ -141,7 +141,7 @@ def _dataset(params: Params) -> Iterator[Line]:
 
 
 def disk(folder: Path, params: Params, free: int | None = None) -> Iterator[Line]:
-    """Say whether the sample dataset fits on the disk of a folder.
+    """Say whether the sample dataset fits on the disk of a folder; the teacher's features are not counted.
 
     Args:
         folder: of the project.

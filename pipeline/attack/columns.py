@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from pipeline.images.pixels import pixels
 from pipeline.images.prepared import Prepared
 from pipeline.images.views import Stream, ViewParameters, apply_views, draw_views, uniforms
 from pipeline.machine.device import one_cpu_thread
+from pipeline.networks.penultimate import penultimate_features
 from pipeline.search.boundary import OtherViews
 from pipeline.search.targets import draw_targets
 from pipeline.search.teacher_search import TeacherSearch
@@ -41,7 +43,7 @@ def shard_values(
     """Return all columns of one shard, whose bytes do not depend on the number of CPU threads.
 
     Raises:
-        ParameterError: `attack.logits` cannot hold the teacher's.
+        ParameterError: float16 cannot hold the teacher's logits or features, or it has no penultimate features.
     """
     part = _Part.of(search, train, block, views, attack)
     drawn_by = (attack.seed, block.view, block.start)
@@ -89,7 +91,9 @@ class _Part(NamedTuple):
         drawn = draw_views(attack.seed, block.view, block.start, block.rows, views, *sizes)
         seen = _cut(train, train.images[rows], drawn, views.padding, search.device)
         images = pixels(seen)
-        logits = search.logits(images).cpu().numpy()
+        with ExitStack() as stack:
+            features = stack.enter_context(penultimate_features(search.teacher)) if attack.features else []
+            logits = search.logits(images).cpu().numpy()
         labels = train.labels[rows]
         correct = logits.argmax(1) == labels
         values: dict[str, NDArray[Any]] = {
@@ -101,6 +105,8 @@ class _Part(NamedTuple):
         }
         if drawn.colour.shape[1]:
             values["colour"] = drawn.colour
+        if attack.features:
+            values["teacher_features"] = torch.cat(features).cpu().numpy()
         if attack.embed_images:
             values["image"] = seen.cpu().numpy()
         if attack.targets:
@@ -128,17 +134,24 @@ def _unsearched(
 
 
 def _as_stored(part: _Part, attack: Attack) -> dict[str, NDArray[Any]]:
-    """Return the columns of a shard, the teacher's logits in the dtype that was asked for."""
-    if attack.logits == "float32":
-        return part.values
-    logits = part.values["teacher_logits"]
-    largest, limit = float(np.abs(logits).max()), float(np.finfo(np.float16).max)
+    """Return the columns of a shard in the dtypes that are stored."""
+    values = dict(part.values)
+    if attack.logits == "float16":
+        values["teacher_logits"] = _halved(values["teacher_logits"], "logits", "float32")
+    if attack.features:
+        values["teacher_features"] = _halved(values["teacher_features"], "features", "false")
+    return values
+
+
+def _halved(values: NDArray[np.float32], name: str, otherwise: str) -> NDArray[np.float16]:
+    """Return numbers of the teacher in float16; `otherwise` is what to set `attack.<name>` to where it cannot."""
+    largest, limit = float(np.abs(values).max()), float(np.finfo(np.float16).max)
     if not largest <= limit:
         raise ParameterError(
-            f"attack.logits: float16 holds up to {limit:.0f}, but the teacher's logits reach "
-            f"{largest:.6g}: set it to float32"
+            f"attack.{name}: float16 holds up to {limit:.0f}, but the teacher's {name} reach {largest:.6g}: set it to "
+            f"{otherwise}"
         )
-    return part.values | {"teacher_logits": logits.astype(attack.logits)}
+    return values.astype(np.float16)
 
 
 def _search_into(

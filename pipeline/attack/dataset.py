@@ -26,6 +26,7 @@ from pipeline.machine.device import one_cpu_thread, return_freed_memory, search_
 from pipeline.machine.forks import interrupts_wait, run_in_forks
 from pipeline.networks.classifier import Classifier
 from pipeline.networks.loading import Loaded
+from pipeline.networks.penultimate import penultimate_size
 from pipeline.publish.adopt import stored_name
 from pipeline.publish.card import CARD_FILES, DATASET_FILES, EMPTY_CARD, write_card
 from pipeline.publish.writer import write_shard
@@ -73,7 +74,8 @@ class SampleDataset:
         """Describe the sample dataset of a training split and a teacher.
 
         Raises:
-            ParameterError: the parameters ask for more target classes than there are.
+            ParameterError: the parameters ask for more target classes than there are, or for features of a teacher that
+                has none.
         """
         attack, classes = params.attack, len(train.class_names)
         if attack.targets >= classes:
@@ -97,6 +99,7 @@ class SampleDataset:
             params.views,
             train.images.shape[2:],
             attack.logits,
+            penultimate_size(teacher.model) if attack.features else 0,
         )
         code = shard_code(params.search.name if attack.targets else None, teacher.model.architecture.network)
         return cls(

@@ -211,6 +211,7 @@ class Attack(Section):
     embed_images: bool = Field(description="store the views, so that students need no prepared data")
     compression: Literal["none", "gzip"]
     logits: Literal["float32", "float16"] = Field("float32", description="dtype of the teacher's logits on the views")
+    features: bool = Field(False, description="store the teacher's penultimate features on the views")
 
 
 class Card(Section):

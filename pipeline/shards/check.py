@@ -19,7 +19,7 @@ from pipeline.shards.format import attributes_of, count_statuses
 from pipeline.shards.manifest import Manifest, ShardEntry
 
 # Columns whose values are looked at: of views and samples, all rows at once; then of samples, a few rows at a time.
-VIEWS = ("index", "label", "crop", "flip", "teacher_logits")
+VIEWS = ("index", "label", "crop", "flip", "teacher_logits", "teacher_features")
 SEARCHES = ("label", "target", "delta_scale", "boundary_logits", "margin", "distance", "status")
 SAMPLES = ("image", "delta", "delta_scale", "distance", "status")
 BLOCK_BYTES = 1 << 22  # of samples in memory
@@ -67,7 +67,7 @@ def check_contents(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> No
     """Look into an open file: check its columns, then their values."""
     check_layout(file, manifest, shard)
     file.check_chunks()
-    _check_views({name: file.read(name) for name in VIEWS}, manifest, shard, file.place)
+    _check_views({name: file.read(name) for name in VIEWS if name in file.names}, manifest, shard, file.place)
     if manifest.targets:
         _check_searches({name: file.read(name) for name in SEARCHES}, manifest, shard, file.place)
         _check_samples(file, manifest, shard)
@@ -93,6 +93,7 @@ def _check_views(columns: dict[str, NDArray[Any]], manifest: Manifest, shard: Sh
         "crop": _is_crop(columns["crop"].astype(np.int64), manifest),
         "flip": _within(columns["flip"], 0, int(manifest.augmentation.flip)),
         "teacher_logits": bool(np.isfinite(columns["teacher_logits"]).all()),
+        "teacher_features": bool(np.isfinite(columns.get("teacher_features", 0)).all()),
     }
     _refuse_unsound(sound, path)
 

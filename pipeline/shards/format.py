@@ -39,6 +39,7 @@ def columns_of(
     rule: Rule | None = None,
     image_size: Sequence[int] | None = None,
     logits: str = "float32",
+    features: int = 0,
 ) -> dict[str, Column]:
     """Return the columns of a shard, in order.
 
@@ -50,6 +51,7 @@ def columns_of(
         rule: of the views; by default, crops of their size and mirror images.
         image_size: (height, width) of the images that views are cut from, where they are larger.
         logits: dtype of the teacher's logits on the views.
+        features: how many penultimate features of the teacher are stored; 0 for none.
     """
     boxes = rule is not None and takes_boxes(rule, image_size or image_shape[1:], image_shape[1:])
     columns = {
@@ -62,6 +64,7 @@ def columns_of(
         "flip": Column("uint8", (), "1 where the view is mirrored left to right"),
         "colour": Column("int16", (3,), "factors of brightness, contrast and saturation in 128ths"),
         "teacher_logits": Column(logits, (classes,), "on the view"),
+        "teacher_features": Column("float16", (features,), "on the view: input of the teacher's last linear layer"),
         "target": Column("int16", (targets,), "target class, -1 without a search"),
         "delta": Column("int8", (targets, *image_shape), "perturbation divided by delta_scale"),
         "delta_scale": Column("float32", (targets,), "sample = image / 255 + delta * delta_scale"),
@@ -75,6 +78,8 @@ def columns_of(
         del columns["image"]
     if rule is None or not any(rule.jitter):
         del columns["colour"]
+    if not features:
+        del columns["teacher_features"]
     if not targets:
         for name in SEARCHED:
             del columns[name]
@@ -83,8 +88,8 @@ def columns_of(
 
 def version_of(columns: Mapping[str, Column]) -> int:
     """Return the format version of a dataset with these columns."""
-    is_first = columns["crop"].shape == (2,) and "target" in columns and columns["teacher_logits"].dtype == "float32"
-    return 1 if is_first else 2
+    as_first = columns["crop"].shape == (2,) and columns["teacher_logits"].dtype == "float32"
+    return 1 if as_first and "target" in columns and "teacher_features" not in columns else 2
 
 
 def shard_name(view: int, block: int) -> str:

@@ -132,7 +132,9 @@ def columns_in_order(manifest: Manifest) -> dict[str, Column]:
     sizes = manifest.image_shape, len(manifest.class_names), manifest.targets
     halved = "teacher_logits" in given and given["teacher_logits"].dtype == "float16"
     logits = "float16" if halved else "float32"
-    return columns_of(*sizes, "image" in given, rule, rule.image_size, logits)
+    shape = given["teacher_features"].shape if "teacher_features" in given else ()
+    features = shape[0] if len(shape) == 1 else 0
+    return columns_of(*sizes, "image" in given, rule, rule.image_size, logits, features)
 
 
 def totals_of(shards: list[ShardEntry], targets: int) -> Totals:
@@ -257,6 +259,8 @@ def _check_sizes(manifest: Manifest, path: str) -> None:
     """Refuse what would take more memory than any real dataset, before anything is computed from it."""
     if max(manifest.image_shape) > MOST_PIXELS or len(manifest.class_names) > MOST_CLASSES:
         raise ShardError(f"{path}: images {manifest.image_shape} of {len(manifest.class_names)} classes are too large")
+    if "teacher_features" in manifest.columns and not 0 < manifest.columns["teacher_features"].shape[0] <= MOST_VALUES:
+        raise ShardError(f"{path}: column 'teacher_features' has an impossible number of values")
     if manifest.targets >= len(manifest.class_names):
         raise ShardError(f"{path}: {manifest.targets} target classes, but only {len(manifest.class_names)} classes")
     row_bytes = sum(np.dtype(c.dtype).itemsize * prod(c.shape) for c in manifest.columns.values())
