@@ -141,7 +141,7 @@ def _dataset(params: Params) -> Iterator[Line]:
 
 
 def disk(folder: Path, params: Params, free: int | None = None) -> Iterator[Line]:
-    """Say whether the sample dataset fits on the disk of a folder.
+    """Say whether the sample dataset fits on the disk of a folder; the teacher's features are not counted.
 
     Args:
         folder: of the project.
@@ -155,7 +155,9 @@ def disk(folder: Path, params: Params, free: int | None = None) -> Iterator[Line
         yield Line("ok", "disk", f"{free / 1e9:,.1f} GB free; what is needed is known after: python -m stages.prepare")
         return
     attack, sizes = params.attack, (train.view_shape, len(train.class_names))
-    columns = columns_of(*sizes, attack.targets, attack.embed_images, params.views, train.images.shape[2:])
+    columns = columns_of(
+        *sizes, attack.targets, attack.embed_images, params.views, train.images.shape[2:], attack.logits
+    )
     row = sum(prod(column.shape) * np.dtype(column.dtype).itemsize for column in columns.values())
     need = COPIES * row * len(train.labels) * attack.views
     text = f"{free / 1e9:,.1f} GB free, {need / 1e9:,.2f} GB for {COPIES} copies of the samples"

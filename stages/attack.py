@@ -23,6 +23,7 @@ from pipeline.machine.device import search_batch, set_up_device, side_by_side
 from pipeline.networks.loading import examined, load_with_digest
 from pipeline.publish.card import CARD_FILES, DATASET_FILES
 from pipeline.search.table import search_of
+from pipeline.shards.manifest import Totals
 from stages.cli import (
     EXIT_CODES,
     WORK,
@@ -52,7 +53,8 @@ def main(
 ) -> None:
     """Search boundary-supporting samples for every view of every training image.
 
-    Writes HDF5 shards, their card (README.md, croissant.json) and manifest.json. Finished shards are kept in
+    Writes HDF5 shards, their card (README.md, croissant.json) and manifest.json. With attack.targets 0 nothing is
+    searched, and views have the teacher's logits alone. Finished shards are kept in
     .work/shards: a run that was stopped goes on where it was, and more views compute only what is new.
 
     \b
@@ -92,23 +94,30 @@ def main(
         if prune:
             say(f"removed {dataset.prune()} other shards from {WORK / 'shards'}")
     totals = manifest.totals
-    attacked = totals.samples - totals.statuses["base_misclassified"]
     line = (
         f"wrote {out}: {totals.shards} shards ({len(missing)} computed, {totals.shards - len(missing)} reused), "
-        f"{totals.samples} samples, {totals.statuses['converged'] / max(attacked, 1):.1%} of {attacked} searches "
-        f"converged, {totals.bytes / 1e6:.1f} MB"
+        f"{_found(totals)}, {totals.bytes / 1e6:.1f} MB"
     )
     done("attack", line, begin, bool(missing))
 
 
+def _found(totals: Totals) -> str:
+    if not totals.samples:
+        return f"{totals.rows} views with logits alone"
+    attacked = totals.samples - totals.statuses["base_misclassified"]
+    share = totals.statuses["converged"] / max(attacked, 1)
+    return f"{totals.samples} samples, {share:.1%} of {attacked} searches converged"
+
+
 def _say_plan(plan: Plan, dataset: SampleDataset, out: Path, device: str, workers: int) -> None:
     attack, copies = dataset.attack, COPIES
+    verb = "search" if attack.targets else "make"
     seconds = round(plan.views / plan.rate / workers)
     for name, text in (
         ("shards", f"{plan.missing} to make, {plan.shards - plan.missing} in {WORK / 'shards'}: {plan.shards}"),
         (
             "rows",
-            f"{plan.views:,} to search of {len(dataset.train.labels) * attack.views:,}: {attack.views} views of "
+            f"{plan.views:,} to {verb} of {len(dataset.train.labels) * attack.views:,}: {attack.views} views of "
             f"{len(dataset.train.labels):,} images; target classes of each: {attack.targets}",
         ),
         (

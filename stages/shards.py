@@ -24,7 +24,7 @@ from pipeline.publish.parquet import export_parquet
 from pipeline.publish.sample import sample_rows
 from pipeline.shards.check import check_shard, find_problems
 from pipeline.shards.folder import Folder, folder_at
-from pipeline.shards.manifest import Manifest, read_manifest
+from pipeline.shards.manifest import Manifest, Totals, read_manifest
 from pipeline.shards.quantiles import quantiles_of
 from stages.cli import EXIT_CODES, EXIT_FAILED, NOTHING_WRITTEN, PATH, WORK, errors_in_one_line, say
 
@@ -40,6 +40,11 @@ def main() -> None:
 def counted(count: int, thing: str) -> str:
     """Return so many things, in words."""
     return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+def samples_or_rows(totals: Totals) -> str:
+    """Return how many samples there are, or rows, where these have logits alone."""
+    return counted(totals.samples, "sample") if totals.samples else counted(totals.rows, "row")
 
 
 def card_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,7 +82,7 @@ def verify(directory: str) -> None:
         sys.exit(EXIT_FAILED)
     totals = manifest.totals
     click.echo(
-        f"{directory}: whole, {counted(totals.shards, 'shard')}, {totals.samples} samples, {totals.bytes / 1e6:.1f} MB"
+        f"{directory}: whole, {counted(totals.shards, 'shard')}, {samples_or_rows(totals)}, {totals.bytes / 1e6:.1f} MB"
     )
 
 
@@ -113,7 +118,7 @@ def _facts(folder: Folder, manifest: Manifest) -> list[tuple[str, str]]:
         ("shards", f"{totals.shards}"),
         ("bytes", f"{totals.bytes} ({totals.bytes / totals.rows:.0f} per row)"),
     ]
-    for name, count in totals.statuses.items():
+    for name, count in totals.statuses.items() if totals.samples else ():
         facts.append((f"status {name}", f"{count} ({count / totals.samples:.2%})"))
     facts.append(("probability margin", _quantiles(spread and spread.probability_margin)))
     facts.append(("distance (L2, pixels)", _quantiles(spread and spread.distance)))
@@ -177,7 +182,7 @@ def merge(directories: tuple[Path, ...], out: Path, params_path: Path | None) ->
     totals = manifest.totals
     click.echo(
         f"wrote {out}: {manifest.views} views of {len(directories)} datasets, {counted(totals.shards, 'shard')}, "
-        f"{totals.samples} samples, {totals.bytes / 1e6:.1f} MB"
+        f"{samples_or_rows(totals)}, {totals.bytes / 1e6:.1f} MB"
     )
 
 

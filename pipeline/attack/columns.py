@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -11,18 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.core.errors import ParameterError
 from pipeline.core.parameters import Attack, Views
 from pipeline.core.status import Status
 from pipeline.images.pixels import pixels
 from pipeline.images.prepared import Prepared
 from pipeline.images.views import Stream, ViewParameters, apply_views, draw_views, uniforms
 from pipeline.machine.device import one_cpu_thread
+from pipeline.networks.penultimate import penultimate_features
 from pipeline.search.boundary import OtherViews
 from pipeline.search.targets import draw_targets
 from pipeline.search.teacher_search import TeacherSearch
-
-# Columns that a search fills in: fields of its result.
-SEARCHED = ("target", "delta", "delta_scale", "boundary_logits", "margin", "distance", "status", "evaluations")
+from pipeline.shards.format import SEARCHED
 
 
 class Block(NamedTuple):
@@ -39,7 +40,11 @@ class Block(NamedTuple):
 def shard_values(
     search: TeacherSearch, train: Prepared, block: Block, views: Views, attack: Attack
 ) -> dict[str, NDArray[Any]]:
-    """Return all columns of one shard, whose bytes do not depend on the number of CPU threads."""
+    """Return all columns of one shard, whose bytes do not depend on the number of CPU threads.
+
+    Raises:
+        ParameterError: float16 cannot hold the teacher's logits or features, or it has no penultimate features.
+    """
     part = _Part.of(search, train, block, views, attack)
     drawn_by = (attack.seed, block.view, block.start)
     other_views = partial(_other_views, train, block, views, attack, search.device)
@@ -47,8 +52,9 @@ def shard_values(
     def of_searched_rows(image: Literal["same", "any"]) -> Tensor:
         return pixels(other_views(image)[part.searched]).flatten(0, 1)
 
-    _search_into([part], search, drawn_by, of_searched_rows)
-    return part.values
+    if attack.targets:
+        _search_into([part], search, drawn_by, of_searched_rows)
+    return _as_stored(part, attack)
 
 
 @one_cpu_thread()
@@ -63,7 +69,7 @@ def joint_values(
     """
     parts = [_Part.of(search, train, block, views, attack) for block in blocks]
     _search_into(parts, search)
-    return [part.values for part in parts]
+    return [_as_stored(part, attack) for part in parts]
 
 
 class _Part(NamedTuple):
@@ -85,33 +91,67 @@ class _Part(NamedTuple):
         drawn = draw_views(attack.seed, block.view, block.start, block.rows, views, *sizes)
         seen = _cut(train, train.images[rows], drawn, views.padding, search.device)
         images = pixels(seen)
-        logits = search.logits(images).cpu().numpy()
+        with ExitStack() as stack:
+            features = stack.enter_context(penultimate_features(search.teacher)) if attack.features else []
+            logits = search.logits(images).cpu().numpy()
         labels = train.labels[rows]
         correct = logits.argmax(1) == labels
-        noise = uniforms(attack.seed, Stream.TARGETS, block.view, block.start, block.rows, logits.shape[1])
-        target = draw_targets(logits, labels, noise, attack.targets)
-
-        samples = (block.rows, attack.targets)
         values: dict[str, NDArray[Any]] = {
             "index": np.arange(rows.start, rows.stop, dtype=np.uint32),
             "label": labels,
             "crop": drawn.crop,
             "flip": drawn.flip,
             "teacher_logits": logits,
-            "target": np.where(correct[:, None], target, -1).astype(np.int16),
-            "delta": np.zeros((*samples, *train.view_shape), np.int8),
-            "delta_scale": np.zeros(samples, np.float32),
-            "boundary_logits": np.repeat(logits[:, None], attack.targets, 1),
-            "margin": np.zeros(samples, np.float32),
-            "distance": np.zeros(samples, np.float32),
-            "status": np.full(samples, Status.BASE_MISCLASSIFIED, np.uint8),
-            "evaluations": np.zeros(samples, np.uint16),
         }
         if drawn.colour.shape[1]:
             values["colour"] = drawn.colour
+        if attack.features:
+            values["teacher_features"] = torch.cat(features).cpu().numpy()
         if attack.embed_images:
             values["image"] = seen.cpu().numpy()
+        if attack.targets:
+            noise = uniforms(attack.seed, Stream.TARGETS, block.view, block.start, block.rows, logits.shape[1])
+            target = draw_targets(logits, labels, noise, attack.targets)
+            values |= _unsearched(logits, np.where(correct[:, None], target, -1), train.view_shape)
         return cls(values, images, correct, torch.from_numpy(correct).to(search.device))
+
+
+def _unsearched(
+    logits: NDArray[np.float32], target: NDArray[np.int64], shape: tuple[int, ...]
+) -> dict[str, NDArray[Any]]:
+    """Return the columns of samples (rows, targets) as they are without a search."""
+    samples = target.shape
+    return {
+        "target": target.astype(np.int16),
+        "delta": np.zeros((*samples, *shape), np.int8),
+        "delta_scale": np.zeros(samples, np.float32),
+        "boundary_logits": np.repeat(logits[:, None], samples[1], 1),
+        "margin": np.zeros(samples, np.float32),
+        "distance": np.zeros(samples, np.float32),
+        "status": np.full(samples, Status.BASE_MISCLASSIFIED, np.uint8),
+        "evaluations": np.zeros(samples, np.uint16),
+    }
+
+
+def _as_stored(part: _Part, attack: Attack) -> dict[str, NDArray[Any]]:
+    """Return the columns of a shard in the dtypes that are stored."""
+    values = dict(part.values)
+    if attack.logits == "float16":
+        values["teacher_logits"] = _halved(values["teacher_logits"], "logits", "float32")
+    if attack.features:
+        values["teacher_features"] = _halved(values["teacher_features"], "features", "false")
+    return values
+
+
+def _halved(values: NDArray[np.float32], name: str, otherwise: str) -> NDArray[np.float16]:
+    """Return numbers of the teacher in float16; `otherwise` is what to set `attack.<name>` to where it cannot."""
+    largest, limit = float(np.abs(values).max()), float(np.finfo(np.float16).max)
+    if not largest <= limit:
+        raise ParameterError(
+            f"attack.{name}: float16 holds up to {limit:.0f}, but the teacher's {name} reach {largest:.6g}: set it to "
+            f"{otherwise}"
+        )
+    return values.astype(np.float16)
 
 
 def _search_into(

@@ -26,6 +26,7 @@ from pipeline.machine.device import one_cpu_thread, return_freed_memory, search_
 from pipeline.machine.forks import interrupts_wait, run_in_forks
 from pipeline.networks.classifier import Classifier
 from pipeline.networks.loading import Loaded
+from pipeline.networks.penultimate import penultimate_size
 from pipeline.publish.adopt import stored_name
 from pipeline.publish.card import CARD_FILES, DATASET_FILES, EMPTY_CARD, write_card
 from pipeline.publish.writer import write_shard
@@ -73,17 +74,19 @@ class SampleDataset:
         """Describe the sample dataset of a training split and a teacher.
 
         Raises:
-            ParameterError: the parameters ask for more target classes than there are.
+            ParameterError: the parameters ask for more target classes than there are, or for features of a teacher that
+                has none.
         """
         attack, classes = params.attack, len(train.class_names)
         if attack.targets >= classes:
             raise ParameterError(
                 f"attack.targets: expected at most {classes - 1}, one less than the classes, got {attack.targets}"
             )
-        # Not the number of views, so that more views reuse those that are there.
-        search = {"search": params.search.name, **params.search.model_dump(exclude={"name"}, exclude_defaults=True)}
+        given = params.search.model_dump(exclude={"name"}, exclude_defaults=True)
+        search = {"search": params.search.name, **given} if attack.targets else {}
         parameters = {
-            "attack": attack.model_dump(exclude={"views"}) | search,
+            # Not the number of views, so that more views reuse those that are there.
+            "attack": attack.model_dump(exclude={"views"}, exclude_defaults=True) | search,
             "augmentation": params.views.model_dump(mode="json", exclude_defaults=True),
         }
         if train.view_size:
@@ -96,8 +99,10 @@ class SampleDataset:
             attack.embed_images,
             params.views,
             train.images.shape[2:],
+            attack.logits,
+            penultimate_size(teacher.model) if attack.features else 0,
         )
-        code = shard_code(params.search.name, teacher.model.architecture.network)
+        code = shard_code(params.search.name if attack.targets else None, teacher.model.architecture.network)
         return cls(
             train=train,
             views=params.views,
@@ -253,13 +258,13 @@ class SampleDataset:
             rows=block.rows,
             bytes=source.stat().st_size,
             sha256=self.store.digest(name),
-            statuses=count_statuses(read_columns(source, ["status"])["status"]),
+            statuses=count_statuses(read_columns(source, {"status"} & self.columns.keys())),
         )
 
 
 def shards_at_once(search: TeacherSearch, attack: Attack, train: Prepared) -> int:
     """Return how many shards are searched together: several on a GPU, as many as its free memory is sure to take."""
-    if search.device.type == "cpu" or search.search.draws:
+    if search.device.type == "cpu" or search.search.draws or not attack.targets:
         return 1
     samples = attack.rows_per_shard * attack.targets
     state = samples * prod(train.view_shape) * SEARCH_BYTES

@@ -206,11 +206,13 @@ class Attack(Section):
     """The samples that are made, and how they are stored."""
 
     views: Count = Field(description="views of every training image")
-    targets: Count = Field(description="target classes per view")
+    targets: Annotated[int, Field(ge=0)] = Field(description="target classes per view; 0: no samples, logits alone")
     seed: Seed = Field(description="of views and target classes: one draw of the dataset")
     rows_per_shard: Annotated[int, Field(ge=1, le=1_000_000)]
     embed_images: bool = Field(description="store the views, so that students need no prepared data")
     compression: Literal["none", "gzip"]
+    logits: Literal["float32", "float16"] = Field("float32", description="dtype of the teacher's logits on the views")
+    features: bool = Field(False, description="store the teacher's penultimate features on the views")
 
 
 class Card(Section):

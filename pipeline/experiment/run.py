@@ -216,7 +216,7 @@ class ExperimentRun:
             comparison_code(student, network),
         ]
         if method.source == "shards":
-            reads["attack"] = params.attack.model_dump(exclude={"compression"})
+            reads["attack"] = params.attack.model_dump(exclude={"compression"}, exclude_defaults=True)
             codes.append(shard_code(params.search.name if uses_samples else None, network))
         if given := params.pretrained.get(student):
             reads["start"] = given if given == LIBRARY else file_digest(Path(given))
@@ -308,14 +308,16 @@ class ExperimentRun:
                 )
             )
 
-    def _samples(self, params: Params, train: Prepared, teacher: Loaded) -> tuple[BoundaryShards, Cost]:
-        """Return the sample dataset of some parameters, which the next one replaces, and what it took."""
+    def _samples(self, params: Params, train: Prepared, teacher: Loaded) -> tuple[BoundaryShards, Cost | None]:
+        """Return the sample dataset of some parameters, which the next one replaces, and what its samples took."""
         store = Store(self.materials.work / "shards")
         dataset = SampleDataset.of(train, params, teacher, store)
         for _ in make_samples(dataset, teacher.model, params, dataset.missing()):
             pass
         totals = dataset.publish(self.materials.work / "experiment").totals
         shards = BoundaryShards(self.materials.work / "experiment")
+        if not params.attack.targets:
+            return shards, None
         evaluations = (shards.read(shard, ["evaluations"])["evaluations"] for shard in shards.manifest.shards)
         cost = Cost(
             samples=totals.samples,

@@ -28,11 +28,13 @@ DATASET_FILES, CARD_FILES = (SHARD_FILES, MANIFEST), (README, CROISSANT)  # name
 EMPTY_CARD = Card(title=None, licence=None, source=None, terms=None, url=None)
 TITLE = "Boundary-supporting samples"
 TAGS = ["knowledge-distillation", "decision-boundary", "adversarial-examples", "hdf5"]
+TITLE_OF_LOGITS, TAGS_OF_LOGITS = "Logits of a teacher on augmented views", ["knowledge-distillation", "hdf5"]
 # Parameters of a dataset that was made from finished ones.
 HOW_COMBINED = {
     "merged": " The views of several datasets, listed under `merged`, were then put together.",
     "sample": " It is a preview: `sample` says how many rows of a whole dataset, and which one.",
 }
+WITHOUT_TEACHER = "Students can be distilled from it without the teacher"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 
@@ -83,14 +85,14 @@ def readme_text(manifest: Manifest, card: Card, spread: Quantiles | None) -> str
     values = {
         "manifest": manifest,
         "metadata": _metadata(manifest, card),
-        "title": card.title or TITLE,
+        "title": _title(manifest, card),
         "summary": _summary(manifest),
         "afterwards": "".join(text for name, text in HOW_COMBINED.items() if manifest.parameters.get(name) is not None),
         "parameters": json.dumps(manifest.parameters, indent=2, sort_keys=True),
         "origin": _origin(manifest),
         "columns": _columns(manifest),
         "counts": _counts(manifest),
-        "statuses": _statuses(manifest),
+        "statuses": _statuses(manifest) if manifest.targets else "",
         "quantiles": None if spread is None else _quantiles(spread),
         "embedded": "image" in manifest.columns,
         "first_shard": shards_in_order(manifest)[0].name,
@@ -105,6 +107,14 @@ def readme_text(manifest: Manifest, card: Card, spread: Quantiles | None) -> str
     return filled("pipeline.publish", "card.md.j2", values, {"escaped": _escaped, "one_line": _json_line}, html=False)
 
 
+def _title(manifest: Manifest, card: Card) -> str:
+    return card.title or (TITLE if manifest.targets else TITLE_OF_LOGITS)
+
+
+def _tags(manifest: Manifest) -> list[str]:
+    return TAGS if manifest.targets else TAGS_OF_LOGITS
+
+
 def _json_line(value: Any) -> str:
     """Return a JSON value in one line, which is also a YAML value, whatever characters it holds."""
     return json.dumps(value, ensure_ascii=False)
@@ -113,10 +123,10 @@ def _json_line(value: Any) -> str:
 def _metadata(manifest: Manifest, card: Card) -> dict[str, Any]:
     """Return what the Hugging Face hub reads."""
     return {
-        "pretty_name": card.title or TITLE,
+        "pretty_name": _title(manifest, card),
         **_hub_licence(card.licence),
         "task_categories": ["image-classification"],
-        "tags": TAGS,
+        "tags": _tags(manifest),
         "size_categories": [SIZES[min(max(len(str(manifest.totals.rows)) - 3, 0), len(SIZES) - 1)]],
     }
 
@@ -137,11 +147,13 @@ def _summary(manifest: Manifest) -> str:
     else:
         views = "an augmented view" if manifest.views == 1 else f"{manifest.views} augmented views"
         subject = f"{views} of each of {manifest.rows:,} training images"
+    if not manifest.targets:
+        return f"For {subject}: the logits of one trained classifier (the teacher). {WITHOUT_TEACHER}."
     classes = "another class" if manifest.targets == 1 else f"{manifest.targets} other classes"
     return (
         f"For {subject}: samples close by, at the decision boundary of one trained classifier (the teacher) to "
         f"{classes}, and the teacher's logits on view and sample. "
-        "Students can be distilled from it without the teacher, by the method of Heo et al. (2019)."
+        f"{WITHOUT_TEACHER}, by the method of Heo et al. (2019)."
     )
 
 
@@ -177,6 +189,8 @@ def _counts(manifest: Manifest) -> str:
         "shards": totals.shards,
         "bytes of all shards": totals.bytes,
     }
+    if not manifest.targets:
+        del counts["target classes of each view"], counts["samples"]
     of_whole = ("training images", "views of each image", "rows: views of all images")
     for name in of_whole if manifest.is_sample else ("rows: drawn views",):
         del counts[name]
@@ -205,9 +219,9 @@ def croissant_card(manifest: Manifest, card: Card) -> str:
     stated = (("Source of the images", card.source), ("Terms of use", card.terms))
     return croissant_text(
         manifest,
-        name=card.title or TITLE,
+        name=_title(manifest, card),
         description=" ".join([_summary(manifest), *(f"{name}: {text}" for name, text in stated if text is not None)]),
-        keywords=TAGS,
+        keywords=_tags(manifest),
         citation=CITATION,
         licence=card.licence,
         url=card.url,

@@ -115,7 +115,7 @@ def write_block(directory: Path, manifest: Manifest, values: Columns, view: int,
         rows=len(values["index"]),
         bytes=path.stat().st_size,
         sha256=file_digest(path),
-        statuses=count_statuses(values["status"]),
+        statuses=count_statuses(values),
     )
 
 

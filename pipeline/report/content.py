@@ -50,6 +50,7 @@ GALLERY_NOTE = (
     "view 0: base class b, target class k, probability margin and L2 distance. The perturbation is drawn around "
     "grey, so many times as large."
 )
+NO_SAMPLES = "None: the dataset has no samples."
 NONE_CONVERGED = "None: among the first samples of view 0 none converged."
 NO_MAPS = "None: no image has samples towards two classes."
 
@@ -132,7 +133,7 @@ def gather(inputs: ReportInputs, progress: Callable[[], Any]) -> Content:
         dataset=_dataset(inputs),
         gallery=Pictures(
             rows=[_gallery_row(example, manifest.class_names) for example in examples],
-            note=GALLERY_NOTE if examples else NONE_CONVERGED,
+            note=GALLERY_NOTE if examples else NONE_CONVERGED if manifest.targets else NO_SAMPLES,
         ),
         maps=Pictures(rows=maps, note=maps_note(manifest) if maps else NO_MAPS),
         facts=facts_of(params, manifest, inputs.device),
@@ -271,6 +272,10 @@ def _similarity(inputs: ReportInputs) -> Charts:
 
 def _dataset(inputs: ReportInputs) -> Charts:
     totals, tolerance = inputs.shards.manifest.totals, inputs.params.search.tolerance
+    if not inputs.shards.manifest.targets:
+        return Charts(
+            charts=[], note=f"None: {totals.rows:,} views with the teacher's logits alone (attack.targets 0)."
+        )
     statuses = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in totals.statuses.items() if count)
     note = (
         f"{totals.samples:,} samples: {statuses}; shown are those that converged. The margin is tanh(|m| / 2) of the "

@@ -42,13 +42,15 @@ class Example:
 
 
 def typical_examples(shards: BoundaryShards, train: Prepared, most: int) -> list[Example]:
-    """Return, for each base class, the converged sample of median distance among the first ones of view 0.
+    """Return, for each base class, the converged sample of median distance among the first ones of view 0, if any.
 
     Args:
         shards: the dataset.
         train: the training split that it was made from, for datasets without embedded images.
         most: how many classes.
     """
+    if not shards.manifest.targets:
+        return []
     columns: dict[str, list[NDArray[np.float64]]] = {"label": [], "status": [], "distance": []}
     for shard in shards_by_view(shards.manifest)[0][:SHARDS_SEARCHED]:
         for name, values in shards.read(shard, columns).items():

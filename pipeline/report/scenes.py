@@ -113,12 +113,15 @@ def _second_sample(teacher: Classifier, example: Example) -> tuple[Tensor, int] 
 
 
 def planar_scene(shards: BoundaryShards, train: Prepared, teacher: Classifier) -> Scene:
-    """Return the points of view 0, their samples, and the paths of some of their searches, made again."""
+    """Return the points of view 0, their samples if any, and the paths of some of their searches, made again."""
     plane = unit_square(shards.manifest.image_shape)
     count = min(POINTS_DRAWN, sum(shard.rows for shard in shards_by_view(shards.manifest)[0]))
     rows = [shards[number] for number in range(count)]
     images = torch.stack([image_of(row, train, shards.manifest) for row in rows])
     labels = torch.stack([row["label"] for row in rows])
+    points = plane.coordinates(pixels(images))
+    if not shards.manifest.targets:
+        return Scene(plane, points[:0], [], points, labels.numpy())
     columns = {
         name: torch.stack([row[name][0] for row in rows]) for name in ("delta", "delta_scale", "target", "status")
     }
@@ -132,7 +135,7 @@ def planar_scene(shards: BoundaryShards, train: Prepared, teacher: Classifier) -
         plane,
         plane.coordinates(samples[done]),
         [plane.coordinates(path) for path in paths],
-        plane.coordinates(pixels(images)),
+        points,
         labels.numpy(),
     )
 

@@ -18,20 +18,9 @@ from pipeline.shards.folder import Folder, LocalFolder, as_folder, digest_of
 from pipeline.shards.format import attributes_of, count_statuses
 from pipeline.shards.manifest import Manifest, ShardEntry
 
-# Columns whose values are looked at, all rows at once, and a few rows at a time.
-SMALL = (
-    "index",
-    "label",
-    "crop",
-    "flip",
-    "teacher_logits",
-    "target",
-    "delta_scale",
-    "boundary_logits",
-    "margin",
-    "distance",
-    "status",
-)
+# Columns whose values are looked at: of views and samples, all rows at once; then of samples, a few rows at a time.
+VIEWS = ("index", "label", "crop", "flip", "teacher_logits", "teacher_features")
+SEARCHES = ("label", "target", "delta_scale", "boundary_logits", "margin", "distance", "status")
 SAMPLES = ("image", "delta", "delta_scale", "distance", "status")
 BLOCK_BYTES = 1 << 22  # of samples in memory
 CLOSE = 1e-3  # relative to the logits: rounding of a margin
@@ -78,8 +67,10 @@ def check_contents(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> No
     """Look into an open file: check its columns, then their values."""
     check_layout(file, manifest, shard)
     file.check_chunks()
-    _check_values({name: file.read(name) for name in SMALL}, manifest, shard, file.place)
-    _check_samples(file, manifest, shard)
+    _check_views({name: file.read(name) for name in VIEWS if name in file.names}, manifest, shard, file.place)
+    if manifest.targets:
+        _check_searches({name: file.read(name) for name in SEARCHES}, manifest, shard, file.place)
+        _check_samples(file, manifest, shard)
 
 
 def check_layout(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> None:
@@ -94,34 +85,47 @@ def check_layout(file: ShardFile, manifest: Manifest, shard: ShardEntry) -> None
             raise ShardError(f"{file.place}: column '{name}' is {given}, expected {' '.join(map(str, expected))}")
 
 
-def _check_values(columns: dict[str, NDArray[Any]], manifest: Manifest, shard: ShardEntry, path: str) -> None:
-    """Refuse values that no attack gives; those of images and perturbations are looked at by `_check_samples`."""
+def _check_views(columns: dict[str, NDArray[Any]], manifest: Manifest, shard: ShardEntry, path: str) -> None:
+    """Refuse values of views that no attack gives."""
+    sound = {
+        "index": _is_index(columns["index"], manifest, shard),
+        "label": _within(columns["label"], 0, len(manifest.class_names) - 1),
+        "crop": _is_crop(columns["crop"].astype(np.int64), manifest),
+        "flip": _within(columns["flip"], 0, int(manifest.augmentation.flip)),
+        "teacher_logits": bool(np.isfinite(columns["teacher_logits"]).all()),
+        "teacher_features": bool(np.isfinite(columns.get("teacher_features", 0)).all()),
+    }
+    _refuse_unsound(sound, path)
+
+
+def _within(values: NDArray[Any], lowest: float, largest: float) -> bool:
+    return bool(((values >= lowest) & (values <= largest)).all())
+
+
+def _refuse_unsound(sound: dict[str, bool], path: str) -> None:
+    for name, is_sound in sound.items():
+        if not is_sound:
+            raise ShardError(f"{path}: column '{name}' holds values that are not possible")
+
+
+def _check_searches(columns: dict[str, NDArray[Any]], manifest: Manifest, shard: ShardEntry, path: str) -> None:
+    """Refuse values of samples that no attack gives; perturbations are looked at by `_check_samples`."""
     classes, status = len(manifest.class_names), columns["status"]
     label, target = columns["label"], columns["target"].astype(np.int64)
     done, skipped = status == Status.CONVERGED, status == Status.BASE_MISCLASSIFIED
     logits, margin = columns["boundary_logits"], columns["margin"]
 
-    def within(name: str, lowest: float, largest: float) -> bool:
-        return bool(((columns[name] >= lowest) & (columns[name] <= largest)).all())
-
     ordered = np.sort(target, axis=1)
     repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     finite = np.isfinite(logits).all(-1) & np.isfinite(margin)
     sound = {
-        "index": _is_index(columns["index"], manifest, shard),
-        "label": within("label", 0, classes - 1),
-        "crop": _is_crop(columns["crop"].astype(np.int64), manifest),
-        "flip": within("flip", 0, int(manifest.augmentation.flip)),
-        "status": within("status", 0, max(Status)),
-        "target": within("target", -1, classes - 1) and np.array_equal(target < 0, skipped) and not repeated.any(),
-        "teacher_logits": bool(np.isfinite(columns["teacher_logits"]).all()),
+        "status": _within(status, 0, max(Status)),
+        "target": _within(target, -1, classes - 1) and np.array_equal(target < 0, skipped) and not repeated.any(),
         "boundary_logits": bool((finite | (status == Status.BAD_GRADIENT)).all()),
-        "delta_scale": within("delta_scale", 0, 1) and not columns["delta_scale"][skipped].any(),
-        "distance": within("distance", 0, 1e9) and not columns["distance"][skipped].any(),
+        "delta_scale": _within(columns["delta_scale"], 0, 1) and not columns["delta_scale"][skipped].any(),
+        "distance": _within(columns["distance"], 0, 1e9) and not columns["distance"][skipped].any(),
     }
-    for name, is_sound in sound.items():
-        if not is_sound:
-            raise ShardError(f"{path}: column '{name}' holds values that are not possible")
+    _refuse_unsound(sound, path)
     if ((target == label[:, None]) & ~skipped).any():
         raise ShardError(f"{path}: column 'target' names the base class")
     pair = np.stack([np.broadcast_to(label[:, None], target.shape), np.maximum(target, 0)], -1)
@@ -133,7 +137,7 @@ def _check_values(columns: dict[str, NDArray[Any]], manifest: Manifest, shard: S
     on_top = others.max(-1, initial=-np.inf) <= np.minimum(base, other) + CLOSE
     if not (on_top & (np.tanh(np.abs(margin) / 2) <= _tolerance(manifest) + CLOSE))[done].all():
         raise ShardError(f"{path}: column 'status' says of samples that are off the boundary that they converged")
-    if count_statuses(status) != shard.statuses:
+    if count_statuses(columns) != shard.statuses:
         raise ShardError(f"{path}: column 'status' does not count as the manifest says")
 
 

@@ -60,7 +60,7 @@ class Augmentation(_Strict):
     def _what_is_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what is as in format version 1."""
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
-        return {name: value for name, value in handler(self).items() if value != defaults[name]}
+        return {name: value for name, value in handler(self).items() if getattr(self, name) != defaults[name]}
 
 
 class Digests(_Strict):
@@ -107,7 +107,7 @@ class Manifest(_Strict):
     digests: Digests
     rows: int = Field(ge=1, description="of the training split")
     views: int = Field(ge=1)
-    targets: int = Field(ge=1)
+    targets: int = Field(ge=0)
     shards: list[ShardEntry]
     totals: Totals
 
@@ -128,9 +128,13 @@ class Manifest(_Strict):
 
 def columns_in_order(manifest: Manifest) -> dict[str, Column]:
     """Return the columns of a dataset as the format has them: a manifest that was read has them by name."""
-    rule, embed_images = manifest.augmentation, "image" in manifest.columns
+    rule, given = manifest.augmentation, manifest.columns
     sizes = manifest.image_shape, len(manifest.class_names), manifest.targets
-    return columns_of(*sizes, embed_images, rule, rule.image_size)
+    halved = "teacher_logits" in given and given["teacher_logits"].dtype == "float16"
+    logits = "float16" if halved else "float32"
+    shape = given["teacher_features"].shape if "teacher_features" in given else ()
+    features = shape[0] if len(shape) == 1 else 0
+    return columns_of(*sizes, "image" in given, rule, rule.image_size, logits, features)
 
 
 def totals_of(shards: list[ShardEntry], targets: int) -> Totals:
@@ -245,6 +249,8 @@ def _check_consistent(manifest: Manifest, path: str) -> None:
     for view in range(manifest.views):
         if sum(blocks[view, block].rows for block in range(per_view)) != manifest.rows:
             raise ShardError(f"{path}: the blocks of view {view} do not add up to {manifest.rows} rows")
+    if not manifest.targets and any(any(shard.statuses.values()) for shard in manifest.shards):
+        raise ShardError(f"{path}: counts samples, but has no target classes")
     if manifest.totals != totals_of(manifest.shards, manifest.targets):
         raise ShardError(f"{path}: the totals are not the sums over the shards")
 
@@ -253,6 +259,8 @@ def _check_sizes(manifest: Manifest, path: str) -> None:
     """Refuse what would take more memory than any real dataset, before anything is computed from it."""
     if max(manifest.image_shape) > MOST_PIXELS or len(manifest.class_names) > MOST_CLASSES:
         raise ShardError(f"{path}: images {manifest.image_shape} of {len(manifest.class_names)} classes are too large")
+    if "teacher_features" in manifest.columns and not 0 < manifest.columns["teacher_features"].shape[0] <= MOST_VALUES:
+        raise ShardError(f"{path}: column 'teacher_features' has an impossible number of values")
     if manifest.targets >= len(manifest.class_names):
         raise ShardError(f"{path}: {manifest.targets} target classes, but only {len(manifest.class_names)} classes")
     row_bytes = sum(np.dtype(c.dtype).itemsize * prod(c.shape) for c in manifest.columns.values())

@@ -42,6 +42,8 @@ def margins_and_distances(
     directory: Path | Folder, manifest: Manifest
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return probability margins and L2 distances (n,) of converged samples; memory and errors as of `quantiles_of`."""
+    if not manifest.targets:
+        return np.empty(0), np.empty(0)
     folder = as_folder(directory)
     found = [_converged(folder, manifest, shard) for shard in shards_in_order(manifest)]
     margin, distance = (np.concatenate(values).astype(np.float64) for values in zip(*found, strict=True))

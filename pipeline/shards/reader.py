@@ -34,8 +34,8 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
     """The rows of a sample dataset, one view of one image each, as tensors by column name.
 
     Rows are ordered by view, then by index in the training split. Besides the stored columns, a row has `samples`
-    (K, C, H, W), float32: the boundary-supporting samples in pixel space (where images are embedded). `index` is
-    int64.
+    (K, C, H, W), float32: the boundary-supporting samples in pixel space (where images are embedded, and the dataset
+    has target classes). `index` is int64.
 
     Files are opened when first read, once in every process, so that an instance can be given to the workers of a
     DataLoader.
@@ -138,8 +138,8 @@ def most_open_files() -> int:
 
 
 def with_samples(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return columns of rows, and `samples`, where images are embedded."""
-    if "image" not in columns:
+    """Return columns of rows, and `samples`, where images are embedded and there are samples."""
+    if "image" not in columns or "delta" not in columns:
         return columns
     return columns | {"samples": samples_of(columns["image"][:, None], columns["delta"], columns["delta_scale"])}
 

@@ -25,6 +25,7 @@ from pipeline.machine.processes import Processes
 from pipeline.networks.classifier import Architecture, Classifier, architecture_for, build
 from pipeline.networks.fast import frozen
 from pipeline.networks.loading import Loaded, load_with_digest
+from pipeline.networks.penultimate import PENULTIMATE
 from pipeline.networks.pretrained import Start, read_start
 from pipeline.networks.stack import MEMBERS, stacks_well
 from pipeline.networks.weights import load_weights
@@ -37,7 +38,7 @@ from pipeline.student.shard_source import ShardSource, StackedShardSource
 from pipeline.training.batches import FreshSource, Source, StackedFreshSource, batches_of
 from pipeline.training.fit import Fit, FitTask, find_fit, fit, fit_stack, processes_of
 from pipeline.training.objective import Objective
-from pipeline.training.term import statuses_of
+from pipeline.training.term import feature_layers, statuses_of
 
 # The modules that decide what a fit gives: an edit to one of them makes finished fits invalid.
 CODE = ("pipeline.machine.device", "pipeline.networks.classifier", "pipeline.training.fit")
@@ -117,6 +118,7 @@ class StudentRun:
         if given := params.pretrained.get(student):
             start = read_start(given, architecture)
             architecture = start.normalised_as(architecture)
+        _check_samples(name, chosen, inputs)
         teacher = _teacher_of(name, chosen, inputs)
         run = cls(
             name=name,
@@ -178,7 +180,8 @@ class StudentRun:
         features = self.method.reads_features and self.teacher is not None
         teacher = frozen(self.teacher.model, self.processes.device) if features and self.teacher else None
         smoothing = self.params.training.label_smoothing
-        return Objective(student, self.method.losses, teacher, self.method.cross_entropy, smoothing)
+        stored = stored_features(self.method, self.inputs.shards)
+        return Objective(student, self.method.losses, teacher, self.method.cross_entropy, smoothing, stored)
 
     def fit(self, seed: int, bar_position: int | None = 0) -> Fit:
         """Train with one seed, or find the finished run.
@@ -310,18 +313,37 @@ def _architecture_of(student: str, name: str, method: Method, inputs: StudentInp
     return Architecture(student, classes, manifest.image_shape, tuple(manifest.mean), tuple(manifest.std))
 
 
+def _check_samples(name: str, method: Method, inputs: StudentInputs) -> None:
+    """Refuse a method that trains on boundary-supporting samples, where the shards have none."""
+    if method.source != "shards" or inputs.shards is None or inputs.shards.manifest.targets:
+        return
+    if statuses_of(method.losses):
+        raise DataError(
+            f"{name}: trains on boundary-supporting samples, and {inputs.shards.directory} has none (attack.targets is "
+            "0): take a method that reads logits alone, as hinton, kd, dkd or dist, or make samples"
+        )
+
+
 def _teacher_of(name: str, method: Method, inputs: StudentInputs) -> Loaded | None:
     """Read the teacher itself, for its features or its search; None where its logits in the shards are enough."""
     if method.source == "online":
         train = _needed(inputs.train, name, method, "prepared training data")
         return load_with_digest(_needed(inputs.teacher, name, method, "a teacher"), train, "teacher")
-    if method.source != "shards" or not method.reads_features:
+    if method.source != "shards" or not method.reads_features or stored_features(method, inputs.shards):
         return None
     return _teacher_of_shards(
         name,
         _needed(inputs.shards, name, method, "a sample dataset"),
         _needed(inputs.teacher, name, method, "a teacher"),
     )
+
+
+def stored_features(method: Method, shards: BoundaryShards | None) -> int:
+    """Return how many penultimate features of the teacher the shards have, where a method reads no others; else 0."""
+    if method.source != "shards" or shards is None or "teacher_features" not in shards.manifest.columns:
+        return 0
+    _, layers = feature_layers(method.losses.values())
+    return shards.manifest.columns["teacher_features"].shape[0] if layers == [PENULTIMATE] else 0
 
 
 def _teacher_of_shards(name: str, shards: BoundaryShards, path: Path) -> Loaded:
@@ -394,6 +416,7 @@ def load_shards(runs: Sequence[StudentRun]) -> ShardSource:
         first.params.training.batch_size,
         first.processes.device,
         statuses,
+        any(stored_features(run.method, run.inputs.shards) for run in runs),
         train=first.inputs.train,
     )
 

@@ -37,6 +37,7 @@ class ShardSource:
         device: where batches are needed.
         statuses: how the searches of the boundary-supporting samples that are used may have ended; none are read
             without any.
+        features: give the teacher's penultimate features, which the shards have.
         train: the prepared training split, needed when the shards do not embed their images.
         resident: keep all shards on the device; by default, if they fit.
     """
@@ -48,6 +49,7 @@ class ShardSource:
         batch_size: int,
         device: torch.device,
         statuses: tuple[Status, ...] = (),
+        features: bool = False,
         train: Prepared | None = None,
         resident: bool | None = None,
     ) -> None:
@@ -58,6 +60,8 @@ class ShardSource:
         stored = shards.manifest.columns
         views = ["index", *(name for name in VIEW_COLUMNS if name in stored)]
         self.columns += ["image"] if "image" in stored else views
+        if features:
+            self.columns.append("teacher_features")
         if statuses:
             self.columns += ["status", "delta", "delta_scale", "boundary_logits"]
         if "index" in self.columns:
@@ -149,9 +153,10 @@ class ShardSource:
 
     def _batch(self, columns: dict[str, Tensor], rows: Tensor, noise: Tensor) -> TeacherBatch:
         images = pixels(columns["image"][rows])
-        labels, logits = columns["label"][rows], columns["teacher_logits"][rows]
+        labels, logits = columns["label"][rows], columns["teacher_logits"][rows].float()
+        features = columns["teacher_features"][rows].float() if "teacher_features" in columns else None
         if not self.statuses:
-            return TeacherBatch(images=images, labels=labels, teacher_logits=logits)
+            return TeacherBatch(images=images, labels=labels, teacher_logits=logits, teacher_features=features)
         usable = is_any_of(columns["status"][rows], self.statuses)
         # With several targets, one of the usable ones is taken, at random.
         choice = torch.where(usable, noise, -1.0).argmax(-1)
@@ -159,6 +164,7 @@ class ShardSource:
             images=images,
             labels=labels,
             teacher_logits=logits,
+            teacher_features=features,
             usable=usable.any(-1),
             boundary=_StoredSamples(columns, rows, usable.any(-1), choice),
         )

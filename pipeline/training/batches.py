@@ -73,9 +73,13 @@ class TeacherBatch(Batch):
 
     teacher_logits: Tensor
     """(N, classes) float32, on the images."""
+    teacher_features: Tensor | None = None
+    """(N, D) float32, penultimate ones on the images, of a source that was asked for them."""
 
     def take(self, rows: Tensor) -> Self:
-        return replace(Batch.take(self, rows), teacher_logits=self.teacher_logits[rows])
+        features = None if self.teacher_features is None else self.teacher_features[rows]
+        taken = Batch.take(self, rows)
+        return replace(taken, teacher_logits=self.teacher_logits[rows], teacher_features=features)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,8 @@ from pipeline.core.errors import ParameterError
 from pipeline.core.extensions import find_loss
 from pipeline.core.parameters import Section
 from pipeline.networks.classifier import Classifier
-from pipeline.training.batches import Batch
+from pipeline.networks.penultimate import PENULTIMATE
+from pipeline.training.batches import Batch, TeacherBatch
 from pipeline.training.term import FeatureShapes, Step, Term, feature_layers, feature_shapes, recorded
 
 
@@ -43,6 +44,7 @@ class Objective:
         network: what is trained; terms look at its layers.
         losses: parameters of the terms, by name.
         teacher: the teacher itself, where terms look at its layers.
+        stored_features: how many penultimate features of the teacher a batch has, where terms look at these alone.
         cross_entropy: weight of the cross-entropy with the labels.
         smoothing: share of the labels that is spread over all classes (Szegedy et al., 2016).
 
@@ -57,13 +59,15 @@ class Objective:
         teacher: Classifier | None = None,
         cross_entropy: float = 1.0,
         smoothing: float = 0.0,
+        stored_features: int = 0,
     ) -> None:
         losses = losses or {}
         self.network, self.teacher, self.cross_entropy, self.smoothing = network, teacher, cross_entropy, smoothing
         student_layers, teacher_layers = feature_layers(losses.values())
+        stored = {PENULTIMATE: torch.Size([stored_features])} if stored_features else {}
         shapes = FeatureShapes(
             feature_shapes(network, student_layers),
-            feature_shapes(teacher, teacher_layers) if teacher is not None else {},
+            feature_shapes(teacher, teacher_layers) if teacher is not None else stored,
         )
         terms: dict[str, Term] = {name: find_loss(name)(given, shapes) for name, given in losses.items()}
         self.terms = nn.ModuleList(terms.values())
@@ -90,7 +94,7 @@ class Objective:
         stage = self._stages[moment.first_stage]
         with recorded(self.network, stage.student_layers) as student_features:
             logits = student(batch.images)
-        teacher_features = self._of_teacher(batch.images, stage.teacher_layers)
+        teacher_features = self._of_teacher(batch, stage.teacher_layers)
         progress = moment.epoch / moment.epochs
         step = Step(
             student=student,
@@ -111,11 +115,14 @@ class Objective:
         return total
 
     @torch.no_grad()
-    def _of_teacher(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        if self.teacher is None or not layers:
+    def _of_teacher(self, batch: Batch, layers: Sequence[str]) -> dict[str, Tensor]:
+        if self.teacher is None:
+            stored = batch.teacher_features if isinstance(batch, TeacherBatch) else None
+            return {} if stored is None else {PENULTIMATE: stored}
+        if not layers:
             return {}
         with recorded(self.teacher, layers) as features:
-            self.teacher(images)
+            self.teacher(batch.images)
         return features
 
 

@@ -15,6 +15,7 @@ from pipeline.core.extensions import find_loss
 from pipeline.core.parameters import Layers, Section
 from pipeline.core.status import Status
 from pipeline.networks.classifier import Classifier
+from pipeline.networks.penultimate import PENULTIMATE, last_linear
 from pipeline.training.batches import Batch, BoundaryBatch, TeacherBatch
 
 LAYERS_NAMED = 30  # in messages
@@ -121,6 +122,8 @@ def feature_layers(losses: Iterable[Section]) -> tuple[list[str], list[str]]:
 def recorded(classifier: Classifier, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Yield the outputs (N, ...) float32 of named layers in the passes of a network within the block, of the last pass.
 
+    `penultimate` stands for the input (N, D) of the last linear layer.
+
     Raises:
         ParameterError: the network has no such layer, or its output is not one tensor.
     """
@@ -135,6 +138,10 @@ def recorded(classifier: Classifier, layers: Sequence[str]) -> Iterator[dict[str
     handles = []
     try:
         for name in layers:
+            if name == PENULTIMATE:
+                layer = last_linear(classifier)
+                handles.append(layer.register_forward_pre_hook(lambda _, inputs: keep(PENULTIMATE, inputs[0])))
+                continue
             if name not in modules or not name:
                 known = [known for known in modules if known][:LAYERS_NAMED]
                 raise ParameterError(f"network '{network}' has no layer '{name}', expected one of: {', '.join(known)}")

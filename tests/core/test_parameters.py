@@ -83,7 +83,7 @@ BAD = [
     ("method.bss", "bss", "valid dictionary"),
     ("attack.views", 0, "greater than or equal to 1"),
     ("attack.views", -1, "greater than or equal to 1"),
-    ("attack.targets", 0, "greater than or equal to 1"),
+    ("attack.targets", -1, "greater than or equal to 0"),
     ("search.tolerance", 2, "less than or equal to 1"),
     ("search.tolerance", 0, "greater than 0"),
     ("search.max_gradients", 1001, "less than or equal to 1000"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.losses.rkd import RkdTerm, angle_loss, distance_loss, embedding
-from pipeline.training.batches import Batch
+from pipeline.training.batches import Batch, TeacherBatch
+from pipeline.training.objective import Moment, Objective
 from tests.support.helpers import (
     Counting,
     cross_entropy,
@@ -172,3 +173,19 @@ def test_the_gradient_reaches_the_student_and_not_the_teacher():
     assert not torch.allclose(plain.network.conv1.weight.grad, other.network.conv1.weight.grad, rtol=1e-2)
     torch.testing.assert_close(plain.network.linear.weight.grad, other.network.linear.weight.grad)
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_penultimate_features_are_the_input_of_the_last_linear_layer():
+    """Of the student as its hooks give them, of the teacher as the batch has them: no teacher is at hand."""
+    images, labels, student = random_images(3, 6), torch.arange(6) % 4, training_student().eval()
+    features = random_normal(4, 6, 9)
+    batch = TeacherBatch(images=images, labels=labels, teacher_logits=random_normal(5, 6, 4), teacher_features=features)
+    given = RkdTerm.Parameters(student_layers=["penultimate"], teacher_layers=["penultimate"], distance=2.0, angle=3.0)
+    objective = Objective(student, {"rkd": given}, cross_entropy=0.5, stored_features=9)
+    found = objective.loss(student, batch, Moment(False, 0, 1)).item()
+    of_student = features_of(student, images)
+    pooled = of_student["layer3"].mean((2, 3))
+    expected = 0.5 * cross_entropy(of_student["linear"], labels)
+    expected += 2 * loss_by_loop(distances_by_loop, pooled, features)
+    expected += 3 * loss_by_loop(cosines_by_loop, pooled, features)
+    assert found == pytest.approx(expected, rel=1e-4)

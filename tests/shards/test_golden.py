@@ -8,13 +8,15 @@ import zlib
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from pipeline.core.provenance import ROOT
 from pipeline.shards.check import find_problems
 from pipeline.shards.format import VERSIONS
-from pipeline.shards.manifest import read_manifest
+from pipeline.shards.manifest import manifest_text, read_manifest
 from pipeline.shards.reader import BoundaryShards
-from tests.support.make_golden import KINDS, digests_of, golden_images
+from tests.support.helpers import features_of
+from tests.support.make_golden import KINDS, digests_of, golden_images, golden_teacher
 from tests.support.resizing import resized_by_whole_numbers
 
 GOLDEN = ROOT / "tests/golden"
@@ -27,6 +29,12 @@ def test_a_golden_dataset_is_whole_and_reads_as_it_was_written(version, kind):
     assert manifest.format_version == version
     assert find_problems(directory / kind, manifest) == []
     assert digests_of(directory / kind) == json.loads((directory / "columns.json").read_text())[kind]
+
+
+@pytest.mark.parametrize(("version", "kind"), [(version, kind) for version in KINDS for kind in KINDS[version]])
+def test_the_manifest_of_a_golden_dataset_is_written_again_as_it_was(version, kind):
+    path = GOLDEN / f"version-{version}" / kind / "manifest.json"
+    assert manifest_text(read_manifest(path.parent)) == path.read_text()
 
 
 def test_every_version_that_is_read_has_golden_datasets():
@@ -66,6 +74,12 @@ def test_rows_of_a_golden_dataset_of_resized_crops(kind):
             view = ((view * factor + others(view) * (128 - factor) + 64) // 128).clip(0, 255)
         if kind == "plain":
             assert np.array_equal(row["image"].numpy(), view)
+        if kind == "logits":
+            features = features_of(golden_teacher(2), torch.from_numpy(view[None] / np.float32(255)).float())
+            pooled = features["layer3"].mean((2, 3))[0]
+            np.testing.assert_allclose(row["teacher_features"], pooled, rtol=5e-3, atol=1e-3)
+            np.testing.assert_allclose(row["teacher_logits"], features["linear"][0], rtol=5e-3, atol=1e-2)
+            continue
         done = row["status"].numpy() == 0
         sample = view / 255 + row["delta"].numpy() * row["delta_scale"].numpy()[:, None, None, None]
         distance = np.sqrt(((sample - view / 255) ** 2).sum((1, 2, 3)))

@@ -142,9 +142,8 @@ def make_missing(dataset, directory):
     """Make what the store lacks; returns the made blocks."""
     teacher = load_weights(directory / "teacher.safetensors")
     given = dataset.parameters["attack"]
-    search = searching(
-        teacher, name=given["search"], tolerance=given["tolerance"], max_gradients=given["max_gradients"]
-    )
+    names = {"name": "search", "tolerance": "tolerance", "max_gradients": "max_gradients"}
+    search = searching(teacher, **{name: given[key] for name, key in names.items() if key in given})
     return list(dataset.make(search, dataset.missing()))
 
 

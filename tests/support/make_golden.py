@@ -25,10 +25,11 @@ from tests.support.helpers import (
 
 PLAIN = {"views": 2, "targets": 2, "rows_per_shard": 4}
 WITHOUT_IMAGES = {"views": 1, "targets": 1, "rows_per_shard": 6, "compression": "gzip", "embed_images": False}
+LOGITS_ALONE = WITHOUT_IMAGES | {"targets": 0, "compression": "none", "logits": "float16", "features": True}
 # By version: kinds of datasets, each with what it changes of the attack's parameters.
 KINDS = {
     1: {"plain": PLAIN, "gzip": WITHOUT_IMAGES},
-    2: {"plain": PLAIN, "gzip": WITHOUT_IMAGES},
+    2: {"plain": PLAIN, "gzip": WITHOUT_IMAGES, "logits": LOGITS_ALONE},
 }
 SHAPES = {1: (1, 4, 5), 2: (3, 4, 5)}  # of views
 VIEWS = {
