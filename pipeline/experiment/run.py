@@ -24,7 +24,7 @@ from pipeline.core.store import Store, lock
 from pipeline.evaluate.compare import Comparison
 from pipeline.evaluate.run import Comparisons, comparison_code
 from pipeline.experiment.records import RunRecord, RunRecords, measures_of
-from pipeline.experiment.results import Cell, Cost, Labels, Results, Run
+from pipeline.experiment.results import BEST_EPOCH, Cell, Cost, Labels, Results, Run
 from pipeline.experiment.spec import Experiment, Variant, check_comparisons, labels_of, variants
 from pipeline.images.prepared import Prepared
 from pipeline.machine.processes import Processes
@@ -226,7 +226,10 @@ class ExperimentRun:
 
     def _record(self, run: WantedRun) -> RunRecord | None:
         code = None if self.any_code else run.code
-        return self.records.find(run.student, run.method, run.seed, run.wanted, code)
+        record = self.records.find(run.student, run.method, run.seed, run.wanted, code)
+        if record is None or not self.experiment.best_epoch_on_test:
+            return record and record.model_copy(update={BEST_EPOCH: None})
+        return record if record.test_accuracy_best_epoch is not None else None
 
     def _make_missing(
         self, wanted: list[WantedRun], variant: Variant, draw: int, done: Callable[[int], object]
@@ -241,7 +244,8 @@ class ExperimentRun:
             return {}
         runs, params, train = list(missing.values()), next(iter(missing.values())).params, self._part(variant, draw)
         path, cost = self._teacher_of(variant), None
-        evaluation, inputs = self.evaluations[path], StudentInputs(train, self.materials.validation, None, path)
+        test = self.materials.test if self.experiment.best_epoch_on_test else None
+        evaluation, inputs = self.evaluations[path], StudentInputs(train, self.materials.validation, None, path, test)
         methods = {run.method: params.method[run.method] for run in runs}
         if any(method.source == "shards" for method in methods.values()):
             shards, cost = self._samples(params, train, evaluation.teacher)
@@ -303,6 +307,7 @@ class ExperimentRun:
                     processor=processor(),
                     seconds=round(training + time.perf_counter() - begin, 1),
                     validation=fit.curve[-1].get("validation_accuracy"),
+                    test_accuracy_best_epoch=_best_epoch(fit.curve, measures["accuracy"]),
                     cost=cost if statuses_of(student.method.losses) else None,
                     **measures,
                 )
@@ -361,6 +366,13 @@ class ExperimentRun:
             processors=sorted({record.processor for record in records.values()}),
             cells=list(cells.values()),
         )
+
+
+def _best_epoch(curve: Sequence[Mapping[str, float]], last: float) -> float | None:
+    """Return the highest accuracy on test, that of the last epoch as it is on record; None where none was measured."""
+    if "test_accuracy" not in curve[-1]:
+        return None
+    return max([last, *(row["test_accuracy"] for row in curve[:-1])])
 
 
 def _states_of_code(wanted: list[WantedRun], records: Mapping[str, RunRecord]) -> int:

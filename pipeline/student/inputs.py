@@ -19,6 +19,8 @@ class StudentInputs(NamedTuple):
     shards: BoundaryShards | None
     teacher: Path | None
     """Read by the methods that need it."""
+    test: Prepared | None = None
+    """For the curve only, and only of an experiment that asks for it."""
 
 
 class InputPaths(NamedTuple):

@@ -214,6 +214,7 @@ class StudentRun:
             training=self.params.training,
             seed=seed,
             validation=self.inputs.validation,
+            test=self.inputs.test,
             description=description,
             start=self.start.state if self.start else None,
         )
@@ -360,6 +361,8 @@ def _reads_of(
         reads["search"] = params.search.model_dump()
     if inputs.validation is not None:
         reads["validation"] = inputs.validation.digest  # in the curve only
+    if inputs.test is not None:
+        reads["test"] = inputs.test.digest  # in the curve only
     return reads
 
 

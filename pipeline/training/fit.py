@@ -49,7 +49,7 @@ class Fit(NamedTuple):
     weights: Path
     """Safetensors file in the store."""
     curve: list[dict[str, float]]
-    """One row an epoch: epoch, learning_rate, loss, and validation_accuracy where there is a validation split."""
+    """One row an epoch: epoch, learning_rate, loss; validation_accuracy and test_accuracy of splits that are given."""
     reused: bool
     """It was finished before."""
 
@@ -89,6 +89,8 @@ class FitTask:
     """For the curve only; nothing is chosen by it."""
     description: str
     """For progress."""
+    test: Prepared | None = None
+    """For the curve only, of experiments that lay their figures beside those of others, who choose the epoch by it."""
     start: Mapping[str, Tensor] | None = None
     """State of the network to go on from; what it lacks follows from the seed."""
 
@@ -231,15 +233,16 @@ class TrainingRun:
                 if self.mean is not None and epoch >= round(epochs * (1 - self.training.averaged), 6):
                     self.mean.update_parameters(self.classifier)
                     network = self.mean.module
-                right = None
-                if task.validation is not None:
-                    right = accuracies(network, len(seeds), task.validation, self.fabric.device)
+                splits = {"validation_accuracy": task.validation, "test_accuracy": task.test}
+                right = {
+                    name: accuracies(network, len(seeds), split, self.fabric.device)
+                    for name, split in splits.items()
+                    if split is not None
+                }
                 for number, curve in enumerate(self.curves):
                     row = {"epoch": epoch + 1.0, "learning_rate": learning_rate(self.training, moment)}
                     row["loss"] = losses[number]
-                    if right is not None:
-                        row["validation_accuracy"] = right[number]
-                    curve.append(row)
+                    curve.append(row | {name: values[number] for name, values in right.items()})
                 if self.fabric.is_global_zero and time.monotonic() - self.saved > CHECKPOINT_SECONDS:
                     self._save()
                 bar.update()

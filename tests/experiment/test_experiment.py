@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pipeline.core.errors import DataError, ParameterError
-from pipeline.core.provenance import ROOT
+from pipeline.core.provenance import ROOT, fingerprint
 from pipeline.evaluate.statistics import difference, estimate
 from pipeline.experiment.figure import experiment_svg, number_in
+from pipeline.experiment.records import RunRecords
 from pipeline.experiment.results import Cell, Cost, Results, Run, read_results, reference_of, results_table
 from pipeline.experiment.spec import check_comparisons, labels_of, load_experiment, variants
 from pipeline.networks.stack import MEMBERS
@@ -471,6 +472,50 @@ def test_runs_of_other_code_count_where_that_is_wanted_and_the_table_says_so(pro
     results = read_results(project / "reports/experiments/mine/results.json")
     assert results.cells[0].runs[0][0].accuracy != 0.125
     assert "states of the code" not in table.read_text()
+
+
+BY_EPOCHS = """
+title: Mine
+values: {methods: [original], seeds: 2, training.milestones: [], training.learning_rate: 0.02}
+axes: {epochs: {"1": {training.epochs: 1}, "2": {training.epochs: 2}, "3": {training.epochs: 3}}}
+"""
+
+
+def test_the_best_epoch_is_the_best_of_runs_that_end_there(project):
+    # At one rate, a run of fewer epochs is the beginning of a longer one.
+    path = written(project, BY_EPOCHS)
+    assert run_stage("experiment", path, "--runs", "kept").exit_code == 0
+    plain = read_results(project / "reports/experiments/mine/results.json")
+    assert "as others print" not in (project / "reports/experiments/mine/table.md").read_text()
+    names = {file.name for file in (project / "kept").iterdir()}
+    written(project, BY_EPOCHS + "best_epoch_on_test: true\n")
+    result = run_stage("experiment", path, "--runs", "kept")
+    assert result.exit_code == 0, result.stderr
+    assert {file.name for file in (project / "kept").iterdir()} == names
+    results = read_results(project / "reports/experiments/mine/results.json")
+    for seed in range(2):
+        runs = [cell.runs[0][seed] for cell in plain.cells]
+        for number, cell in enumerate(results.cells):
+            best = max(run.accuracy for run in runs[: number + 1])
+            assert cell.runs[0][seed] == runs[number].model_copy(update={"test_accuracy_best_epoch": best})
+    table = (project / "reports/experiments/mine/table.md").read_text()
+    assert "| Test, % | Best epoch on test (as others print), % |" in table
+    assert "chosen by test itself, as others do; no other figure is." in table
+    # Records that have it serve where nobody asks for it.
+    shutil.rmtree(project / ".work")
+    written(project, BY_EPOCHS)
+    assert run_stage("experiment", path, "--runs", "kept").exit_code == 0
+    assert not (project / ".work/fits").exists()
+    assert read_results(project / "reports/experiments/mine/results.json") == plain
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs/results/photographs").glob("*.json")), ids=lambda path: path.stem)
+def test_the_finished_runs_of_the_documentation_are_found(path):
+    kept = json.loads(path.read_text())
+    assert kept["wanted"] == fingerprint(kept["reads"], kept["seed"])
+    found = RunRecords(path.parent).find(kept["student"], kept["method"], kept["seed"], kept["wanted"], kept["code"])
+    assert found is not None
+    assert found.accuracy == kept["accuracy"]
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"student": 3}'])
