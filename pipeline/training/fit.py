@@ -117,7 +117,7 @@ def fit(task: FitTask, processes: Processes, store: Store, bar_position: int | N
     if finished:
         return finished
     fabric = processes.start()
-    classifier = _first_network(task)
+    classifier = first_network(task)
     # After the network: its first weights are those of its seed, whatever it minimises.
     objective = task.objective(classifier)
     run = TrainingRun(fabric, classifier, objective, task.training, store.path(f"{key}/{CHECKPOINT}"))
@@ -150,7 +150,7 @@ def fit_stack(
         TrainingError: the loss of one is not finite; the last checkpoint is kept.
     """
     first, seeds = tasks[0], [task.seed for task in tasks]
-    members = [_first_network(task) for task in tasks]
+    members = [first_network(task) for task in tasks]
     stack = Stack(members)
     checkpoint = store.path(f"{first.key}/{STACK_CHECKPOINT}")
     run = TrainingRun(processes.start(), stack, first.objective(stack), first.training, checkpoint)
@@ -163,7 +163,7 @@ def fit_stack(
     checkpoint.unlink(missing_ok=True)
 
 
-def _first_network(task: FitTask) -> Classifier:
+def first_network(task: FitTask) -> Classifier:
     """Return the network at the start of training."""
     torch.manual_seed(task.seed)
     classifier = build(task.architecture)
