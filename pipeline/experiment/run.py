@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -77,6 +77,10 @@ class WantedRun:
     @property
     def method(self) -> str:
         return self.labels["method"]
+
+    @property
+    def reads_shards(self) -> bool:
+        return self.params.method[self.method].source == "shards"
 
     @property
     def place(self) -> str:
@@ -153,8 +157,7 @@ class ExperimentRun:
             TrainingError: runs failed; the others are on record.
         """
         failed: dict[str, int] = {}
-        draws = range(self.experiment.draws)
-        parts = [(self._wanted(variant, draw), variant, draw) for variant in self.variants for draw in draws]
+        parts = self.parts()
         runs = [run for wanted, _, _ in parts for run in wanted]
         with tqdm(total=len(runs), desc=self.experiment.title, unit="run", disable=None) as bar:
             bar.update(sum(self._record(run) is not None for run in runs))
@@ -168,16 +171,26 @@ class ExperimentRun:
             )
         return self._gathered(runs)
 
-    def _part(self, variant: Variant, draw: int) -> Prepared:
+    def parts(self) -> list[tuple[list[WantedRun], Variant, int]]:
+        """Return the runs of each combination and draw."""
+        draws = range(self.experiment.draws)
+        return [(self._wanted(variant, draw), variant, draw) for variant in self.variants for draw in draws]
+
+    def missing(self, wanted: Iterable[WantedRun]) -> list[WantedRun]:
+        """Return the runs that are not on record, each once."""
+        return list({run.wanted: run for run in wanted if self._record(run) is None}.values())
+
+    def part(self, variant: Variant, draw: int) -> Prepared:
         """Return the training images that the students of a draw see."""
         return part_by_class(self.materials.train, variant.train_fraction, self.params.dataset.seed + draw)
 
-    def _teacher_of(self, variant: Variant) -> Path:
+    def teacher_of(self, variant: Variant) -> Path:
+        """Return the weights of a combination's teacher."""
         return variant.teacher or self.materials.teacher
 
     def _wanted(self, variant: Variant, draw: int) -> list[WantedRun]:
         """Return the runs of one combination and draw; what does not depend on the draw is wanted for the first one."""
-        train, teacher = self._part(variant, draw), self.evaluations[self._teacher_of(variant)].teacher
+        train, teacher = self.part(variant, draw), self.evaluations[self.teacher_of(variant)].teacher
         attack = variant.params.attack.model_copy(update={"seed": variant.params.attack.seed + draw})
         params = variant.params.model_copy(update={"attack": attack})
         runs = []
@@ -231,6 +244,19 @@ class ExperimentRun:
             return record and record.model_copy(update={BEST_EPOCH: None})
         return record if record.test_accuracy_best_epoch is not None else None
 
+    def students(
+        self, runs: Sequence[WantedRun], train: Prepared, teacher: Path, shards: BoundaryShards | None
+    ) -> dict[tuple[str, str], StudentRun]:
+        """Return the fits of runs of one combination and draw, by student and method."""
+        test = self.materials.test if self.experiment.best_epoch_on_test else None
+        inputs, store = (
+            StudentInputs(train, self.materials.validation, shards, teacher, test),
+            self.materials.work / "fits",
+        )
+        cells = list(dict.fromkeys((run.student, run.method) for run in runs))
+        fits = [StudentRun.of(runs[0].params, *cell, inputs, self.processes, Store(store)) for cell in cells]
+        return dict(zip(cells, sharing_shards(fits), strict=True))
+
     def _make_missing(
         self, wanted: list[WantedRun], variant: Variant, draw: int, done: Callable[[int], object]
     ) -> dict[str, int]:
@@ -239,22 +265,16 @@ class ExperimentRun:
         Returns:
             What failed and why, and how many runs each time.
         """
-        missing = {run.wanted: run for run in wanted if self._record(run) is None}
-        if not missing:
+        runs = self.missing(wanted)
+        if not runs:
             return {}
-        runs, params, train = list(missing.values()), next(iter(missing.values())).params, self._part(variant, draw)
-        path, cost = self._teacher_of(variant), None
-        test = self.materials.test if self.experiment.best_epoch_on_test else None
-        evaluation, inputs = self.evaluations[path], StudentInputs(train, self.materials.validation, None, path, test)
-        methods = {run.method: params.method[run.method] for run in runs}
-        if any(method.source == "shards" for method in methods.values()):
+        params, train = runs[0].params, self.part(variant, draw)
+        path, cost = self.teacher_of(variant), None
+        evaluation, shards = self.evaluations[path], None
+        if any(run.reads_shards for run in runs):
             shards, cost = self._samples(params, train, evaluation.teacher)
-            inputs = inputs._replace(shards=shards)
-        store = Store(self.materials.work / "fits")
-        cells = list(dict.fromkeys((run.student, run.method) for run in runs))
-        fits = sharing_shards([StudentRun.of(params, *cell, inputs, self.processes, store) for cell in cells])
-        students = dict(zip(cells, fits, strict=True))
-        for student in fits:
+        students = self.students(runs, train, path, shards)
+        for student in students.values():
             student.load()
         compare = partial(evaluation.compare_one, evaluation.teacher_side())
         groups = [

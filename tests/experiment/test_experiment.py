@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from pipeline.experiment.results import Cell, Cost, Results, Run, read_results, 
 from pipeline.experiment.spec import check_comparisons, labels_of, load_experiment, variants
 from pipeline.networks.stack import MEMBERS
 from pipeline.networks.weights import load_weights, save_weights
-from tests.support.files import make_project, run_stage, tiny_params, write_params
+from pipeline.training.objective import Objective
+from tests.support.files import contents, make_project, run_stage, tiny_params, write_params
 
 FILES = sorted((ROOT / "experiments").glob("*.yaml"))
 TWO_WORKERS = {"runtime.workers": 2, "runtime.threads": 2}
@@ -373,6 +375,42 @@ def test_an_experiment_runs_and_finds_what_is_finished(project):
     assert again.exit_code == 0, again.stderr
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert {each: each.stat().st_mtime_ns for each in (project / ".work/fits").rglob("weights.safetensors")} == stamps
+
+
+def test_a_plan_counts_the_runs_and_makes_nothing(project):
+    # Runs of `original` are the same with one view and with two, and so is one of the two draws.
+    path = written(project, SMALL + "best_epoch_on_test: true\n")
+    path.write_text(path.read_text().replace("[hinton, bss]", "[original, bss]").replace(", train_fraction: 0.5", ""))
+    before = contents(project)
+    first = run_stage("experiment", path, "--plan")
+    assert first.exit_code == 0, first.stderr
+    # original: 2 seeds; bss: 2 seeds in the loop, and of two draws with one view and with two.
+    assert first.stdout.startswith("0 runs are in reports/experiments/mine/runs, 12 are to be trained: about ")
+    assert first.stdout.endswith(" hours by 2 workers on cpu, without samples and comparisons\n")
+    assert contents(project) == before
+    assert run_stage("experiment", path).exit_code == 0
+    records = sorted((project / "reports/experiments/mine/runs").iterdir())
+    assert len(records) == 12
+    records[0].unlink()
+    assert "11 runs are in reports/experiments/mine/runs, 1 are" in run_stage("experiment", path, "--plan").stdout
+
+
+@pytest.mark.parametrize("seeds", [2, 8])
+def test_the_hours_are_those_of_the_runs_of_all_images(project, monkeypatch, seeds):
+    loss = Objective.loss
+
+    def slow(self, *arguments):
+        time.sleep(0.1)
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(Objective, "loss", slow)
+    text = f"title: Mine\nvalues: {{methods: [bss], seeds: {seeds}, training.epochs: 3000, attack.views: 1}}\n"
+    result = run_stage("experiment", written(project, text), "--plan")
+    assert result.exit_code == 0, result.stderr
+    assert f", {seeds} are to be trained: about " in result.stdout
+    # 3,000 epochs of four steps, of four seeds at once, and two such groups side by side; a busy machine takes longer.
+    least = 3000 * 4 * 0.1 / 3600
+    assert least < float(result.stdout.split("about ")[1].split()[0].replace(",", "")) < 2.5 * least
 
 
 TWO_TEACHERS = """
