@@ -48,8 +48,8 @@ def main(
     (every run), table.md (mean and standard deviation over seeds, and differences with their standard errors; bold
     where they exceed two) and, for axes of numbers, figure.svg. Each run is put into a small file as it finishes, and
     runs that are there are not made again: an experiment that was stopped goes on where it was, also on another machine
-    to which the files were carried. A run that fails is told, and the others go on. With --plan, each student is trained
-    by each method for some seconds, and nothing is kept.
+    to which the files were carried. A run that fails is told, and the others go on.
+    With --plan, each student is trained by each method for some seconds, and nothing is kept.
 
     \b
     Example: python -m stages.experiment experiments/methods.yaml
