@@ -12,11 +12,13 @@ from pipeline.core.files import write_atomically
 from pipeline.core.parameters import load_params
 from pipeline.core.store import lock
 from pipeline.experiment.figure import experiment_svg
+from pipeline.experiment.plan import plan_experiment
 from pipeline.experiment.records import RunRecords
 from pipeline.experiment.results import results_table
 from pipeline.experiment.run import ExperimentRun, Materials
 from pipeline.experiment.spec import load_experiment
 from pipeline.images.prepared import read_prepared, read_validation
+from pipeline.machine.device import side_by_side
 from stages.cli import EXIT_CODES, PATH, WORK, errors_in_one_line, params_option, path_option, say
 
 
@@ -28,6 +30,7 @@ from stages.cli import EXIT_CODES, PATH, WORK, errors_in_one_line, params_option
 @click.option("--out", type=PATH, help="Directory for the results.  [default: reports/experiments/NAME]")
 @click.option("--runs", type=PATH, help="Directory of finished runs, a small file each.  [default: OUT/runs]")
 @click.option("--any-code", is_flag=True, help="Take finished runs that other code made, too; the table says so.")
+@click.option("--plan", "only_plan", is_flag=True, help="Only say how many runs there are to train, and the hours.")
 @errors_in_one_line
 def main(
     experiment: Path,
@@ -37,6 +40,7 @@ def main(
     out: Path | None,
     runs: Path | None,
     any_code: bool,
+    only_plan: bool,
 ) -> None:
     """Train students under parameters that vary, and compare them.
 
@@ -45,6 +49,7 @@ def main(
     where they exceed two) and, for axes of numbers, figure.svg. Each run is put into a small file as it finishes, and
     runs that are there are not made again: an experiment that was stopped goes on where it was, also on another machine
     to which the files were carried. A run that fails is told, and the others go on.
+    With --plan, each student is trained by each method for some seconds, and nothing is kept.
 
     \b
     Example: python -m stages.experiment experiments/methods.yaml
@@ -61,8 +66,17 @@ def main(
     )
     if max(params.runtime.devices, int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ParameterError("runtime.devices: an experiment trains each run on one device; set it to 1")
+    run = ExperimentRun.of(wanted, params, materials, RunRecords(runs or out / "runs"), any_code, say)
+    if only_plan:
+        plan, device = plan_experiment(run), run.processes.device
+        workers = f"{side_by_side(params.runtime, device)} workers on {device.type}"
+        click.echo(
+            f"{plan.recorded} runs are in {run.records.folder}, {plan.missing} are to be trained: "
+            f"about {plan.hours:,.3f} hours by {workers}, without samples and comparisons"
+        )
+        return
     with lock(WORK / "experiment.lock", say), lock(WORK / "shards.lock", say):
-        results = ExperimentRun.of(wanted, params, materials, RunRecords(runs or out / "runs"), any_code, say).results()
+        results = run.results()
     table = results_table(results)
     write_atomically(out / "results.json", results.model_dump_json(indent=1) + "\n")
     write_atomically(out / "table.md", table)

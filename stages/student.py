@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean
@@ -16,9 +17,11 @@ from pipeline.core.network_names import check_network
 from pipeline.core.parameters import Params, load_params
 from pipeline.core.store import Store, lock
 from pipeline.machine.cluster import connected
+from pipeline.machine.device import side_by_side
 from pipeline.machine.processes import Processes
 from pipeline.networks.loading import try_out
 from pipeline.student.inputs import InputPaths
+from pipeline.student.plan import plan_student
 from pipeline.student.run import StudentRun, sharing_shards
 from pipeline.student.worker import GroupRun, fit_on_workers
 from pipeline.training.fit import curve_csv
@@ -41,6 +44,7 @@ SEED_FILES = "seed-*.safetensors"  # names in a student's folder
 @params_option
 @click.option("--student", help="Network to train, as resnet8w2.")
 @click.option("--method", help="Name of an entry of `method` in the parameters.")
+@click.option("--plan", "only_plan", is_flag=True, help="Only say what is to be trained, and in about how many hours.")
 @click.option("--all", "everything", is_flag=True, help="Train all `students` by all `methods` of the parameters.")
 @path_option("--shards", "data/bss", "Sample dataset, for methods with source 'shards'.")
 @path_option("--prepared", "data/prepared", "Prepared splits; without them, shards still train, without a curve.")
@@ -58,6 +62,7 @@ def main(
     params_path: Path,
     student: str | None,
     method: str | None,
+    only_plan: bool,
     everything: bool,
     shards: Path,
     prepared: Path,
@@ -73,13 +78,19 @@ def main(
     seeds are kept in .work/fits: more seeds train only the new ones, and `dvc repro` after --all trains nothing again.
     Small networks on a CPU are trained four seeds at a time as one network; seeds beyond those asked for are kept, too.
     With --all, a student that cannot be trained is told and left out, and the exit code is 1.
+    With --plan, each student by each method is trained for some seconds, all of them unless one is named.
 
     \b
     Example: python -m stages.student --student resnet8w2 --method bss
              python -m stages.student --all --scheduler 4
     """
     params = load_params(params_path)
-    chosen = _choose(params, student, method, everything)
+    if only_plan and (scheduler is not None or params.runtime.devices > 1):
+        raise ParameterError(
+            "--plan: trains nothing and counts this machine's workers on one device: leave --scheduler out, and set "
+            "runtime.devices to 1"
+        )
+    chosen = _choose(params, student, method, everything or (only_plan and not student and not method))
     paths, store = InputPaths(shards, prepared, teacher, other_data), Store(WORK / "fits")
     inputs = {source: paths.read(source) for source in {params.method[method].source for _, method in chosen}}
     if scheduler is not None and params.runtime.devices > 1:
@@ -90,6 +101,9 @@ def main(
     runs = sharing_shards(
         [StudentRun.of(params, *each, inputs[params.method[each[1]].source], processes, store) for each in chosen]
     )
+    if only_plan:
+        _say_plan(chosen, runs)
+        return
     failed: dict[str, TrainingError] = {}
 
     def note(name: str, error: TrainingError) -> None:
@@ -141,6 +155,25 @@ def main(
         raise TrainingError(
             f"{len(failed)} of {len(runs)} students could not be trained: {', '.join(failed)}"
         ) from first
+
+
+def _say_plan(chosen: Sequence[tuple[str, str]], runs: Sequence[StudentRun]) -> None:
+    """Say what each student by each method would cost, a line each as soon as it is measured."""
+    widths = [max(map(len, names)) for names in zip(("student", "method"), *chosen, strict=True)]
+
+    def line(student: str, method: str, *figures: str) -> None:
+        click.echo(f"{student:<{widths[0]}}  {method:<{widths[1]}}" + "".join(f"{each:>10}" for each in figures))
+
+    line("student", "method", "runs", "images/s", "hours")
+    total, hours = 0, 0.0
+    for names, run in zip(chosen, runs, strict=True):
+        plan = plan_student(run)
+        line(*names, str(plan.runs), f"{plan.rate:,.0f}" if plan.rate else "-", f"{plan.hours:,.3f}")
+        total, hours = total + plan.runs, hours + plan.hours
+    params, device = runs[0].params, runs[0].processes.device
+    line("sum", "", str(total), "", f"{hours:,.3f}")
+    finished, workers = len(runs) * params.seeds - total, side_by_side(params.runtime, device)
+    click.echo(f"{finished} runs are finished; hours by {workers} workers on {device.type}")
 
 
 def _choose(params: Params, student: str | None, method: str | None, everything: bool) -> list[tuple[str, str]]:

@@ -48,6 +48,8 @@ class RunRecord(BaseModel):
     """Of training and evaluation, beside other runs."""
     validation: float | None
     accuracy: float
+    test_accuracy_best_epoch: float | None = None
+    """The highest after any epoch, chosen on test itself; None of runs that were not asked for it."""
     agreement: float
     divergence: float
     calibration_error: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from pipeline.core.store import Store, lock
 from pipeline.evaluate.compare import Comparison
 from pipeline.evaluate.run import Comparisons, comparison_code
 from pipeline.experiment.records import RunRecord, RunRecords, measures_of
-from pipeline.experiment.results import Cell, Cost, Labels, Results, Run
+from pipeline.experiment.results import BEST_EPOCH, Cell, Cost, Labels, Results, Run
 from pipeline.experiment.spec import Experiment, Variant, check_comparisons, labels_of, variants
 from pipeline.images.prepared import Prepared
 from pipeline.machine.processes import Processes
@@ -77,6 +77,10 @@ class WantedRun:
     @property
     def method(self) -> str:
         return self.labels["method"]
+
+    @property
+    def reads_shards(self) -> bool:
+        return self.params.method[self.method].source == "shards"
 
     @property
     def place(self) -> str:
@@ -153,8 +157,7 @@ class ExperimentRun:
             TrainingError: runs failed; the others are on record.
         """
         failed: dict[str, int] = {}
-        draws = range(self.experiment.draws)
-        parts = [(self._wanted(variant, draw), variant, draw) for variant in self.variants for draw in draws]
+        parts = self.parts()
         runs = [run for wanted, _, _ in parts for run in wanted]
         with tqdm(total=len(runs), desc=self.experiment.title, unit="run", disable=None) as bar:
             bar.update(sum(self._record(run) is not None for run in runs))
@@ -168,16 +171,26 @@ class ExperimentRun:
             )
         return self._gathered(runs)
 
-    def _part(self, variant: Variant, draw: int) -> Prepared:
+    def parts(self) -> list[tuple[list[WantedRun], Variant, int]]:
+        """Return the runs of each combination and draw."""
+        draws = range(self.experiment.draws)
+        return [(self._wanted(variant, draw), variant, draw) for variant in self.variants for draw in draws]
+
+    def missing(self, wanted: Iterable[WantedRun]) -> list[WantedRun]:
+        """Return the runs that are not on record, each once."""
+        return list({run.wanted: run for run in wanted if self._record(run) is None}.values())
+
+    def part(self, variant: Variant, draw: int) -> Prepared:
         """Return the training images that the students of a draw see."""
         return part_by_class(self.materials.train, variant.train_fraction, self.params.dataset.seed + draw)
 
-    def _teacher_of(self, variant: Variant) -> Path:
+    def teacher_of(self, variant: Variant) -> Path:
+        """Return the weights of a combination's teacher."""
         return variant.teacher or self.materials.teacher
 
     def _wanted(self, variant: Variant, draw: int) -> list[WantedRun]:
         """Return the runs of one combination and draw; what does not depend on the draw is wanted for the first one."""
-        train, teacher = self._part(variant, draw), self.evaluations[self._teacher_of(variant)].teacher
+        train, teacher = self.part(variant, draw), self.evaluations[self.teacher_of(variant)].teacher
         attack = variant.params.attack.model_copy(update={"seed": variant.params.attack.seed + draw})
         params = variant.params.model_copy(update={"attack": attack})
         runs = []
@@ -226,7 +239,23 @@ class ExperimentRun:
 
     def _record(self, run: WantedRun) -> RunRecord | None:
         code = None if self.any_code else run.code
-        return self.records.find(run.student, run.method, run.seed, run.wanted, code)
+        record = self.records.find(run.student, run.method, run.seed, run.wanted, code)
+        if record is None or not self.experiment.best_epoch_on_test:
+            return record and record.model_copy(update={BEST_EPOCH: None})
+        return record if record.test_accuracy_best_epoch is not None else None
+
+    def students(
+        self, runs: Sequence[WantedRun], train: Prepared, teacher: Path, shards: BoundaryShards | None
+    ) -> dict[tuple[str, str], StudentRun]:
+        """Return the fits of runs of one combination and draw, by student and method."""
+        test = self.materials.test if self.experiment.best_epoch_on_test else None
+        inputs, store = (
+            StudentInputs(train, self.materials.validation, shards, teacher, test),
+            self.materials.work / "fits",
+        )
+        cells = list(dict.fromkeys((run.student, run.method) for run in runs))
+        fits = [StudentRun.of(runs[0].params, *cell, inputs, self.processes, Store(store)) for cell in cells]
+        return dict(zip(cells, sharing_shards(fits), strict=True))
 
     def _make_missing(
         self, wanted: list[WantedRun], variant: Variant, draw: int, done: Callable[[int], object]
@@ -236,21 +265,16 @@ class ExperimentRun:
         Returns:
             What failed and why, and how many runs each time.
         """
-        missing = {run.wanted: run for run in wanted if self._record(run) is None}
-        if not missing:
+        runs = self.missing(wanted)
+        if not runs:
             return {}
-        runs, params, train = list(missing.values()), next(iter(missing.values())).params, self._part(variant, draw)
-        path, cost = self._teacher_of(variant), None
-        evaluation, inputs = self.evaluations[path], StudentInputs(train, self.materials.validation, None, path)
-        methods = {run.method: params.method[run.method] for run in runs}
-        if any(method.source == "shards" for method in methods.values()):
+        params, train = runs[0].params, self.part(variant, draw)
+        path, cost = self.teacher_of(variant), None
+        evaluation, shards = self.evaluations[path], None
+        if any(run.reads_shards for run in runs):
             shards, cost = self._samples(params, train, evaluation.teacher)
-            inputs = inputs._replace(shards=shards)
-        store = Store(self.materials.work / "fits")
-        cells = list(dict.fromkeys((run.student, run.method) for run in runs))
-        fits = sharing_shards([StudentRun.of(params, *cell, inputs, self.processes, store) for cell in cells])
-        students = dict(zip(cells, fits, strict=True))
-        for student in fits:
+        students = self.students(runs, train, path, shards)
+        for student in students.values():
             student.load()
         compare = partial(evaluation.compare_one, evaluation.teacher_side())
         groups = [
@@ -303,6 +327,7 @@ class ExperimentRun:
                     processor=processor(),
                     seconds=round(training + time.perf_counter() - begin, 1),
                     validation=fit.curve[-1].get("validation_accuracy"),
+                    test_accuracy_best_epoch=_best_epoch(fit.curve, measures["accuracy"]),
                     cost=cost if statuses_of(student.method.losses) else None,
                     **measures,
                 )
@@ -363,6 +388,13 @@ class ExperimentRun:
             processors=sorted({record.processor for record in records.values()}),
             cells=list(cells.values()),
         )
+
+
+def _best_epoch(curve: Sequence[Mapping[str, float]], last: float) -> float | None:
+    """Return the highest accuracy on test, that of the last epoch as it is on record; None where none was measured."""
+    if "test_accuracy" not in curve[-1]:
+        return None
+    return max([last, *(row["test_accuracy"] for row in curve[:-1])])
 
 
 def _states_of_code(wanted: list[WantedRun], records: Mapping[str, RunRecord]) -> int:

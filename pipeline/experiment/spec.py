@@ -39,6 +39,9 @@ class Experiment(BaseModel):
     references: dict[str, Labels] = Field({}, description="by title: what is another in the row to compare with")
     floor: Labels | None = Field(None, description="the row whose mean less three deviations no run should fall below")
     costs: bool = Field(False, description="whether the table says what the samples took")
+    best_epoch_on_test: bool = Field(
+        False, description="whether test is evaluated after every epoch, and the best of them shown, as others print it"
+    )
     figure: str | None = Field(None, description="the axis along which accuracy is drawn")
 
 

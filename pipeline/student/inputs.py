@@ -8,6 +8,7 @@ from typing import NamedTuple
 from pipeline.core.errors import DataError
 from pipeline.images.prepared import Prepared, read_prepared, read_validation
 from pipeline.shards.check import check_same_data
+from pipeline.shards.format import MANIFEST
 from pipeline.shards.reader import BoundaryShards
 
 
@@ -19,6 +20,8 @@ class StudentInputs(NamedTuple):
     shards: BoundaryShards | None
     teacher: Path | None
     """Read by the methods that need it."""
+    test: Prepared | None = None
+    """For the curve only, and only of an experiment that asks for it."""
 
 
 class InputPaths(NamedTuple):
@@ -49,6 +52,11 @@ class InputPaths(NamedTuple):
             raise DataError(
                 f"{train}: no such prepared file, and methods with source '{source}' train on its images: make it with "
                 "python -m stages.prepare, or take a method with source 'shards', which needs the sample dataset alone"
+            )
+        if not needed and not (self.shards / MANIFEST).exists():
+            raise DataError(
+                f"{self.shards / MANIFEST}: no such file, and methods with source 'shards' train on a sample dataset: "
+                "make it with python -m stages.attack, or take a method with source 'fresh' or 'online'"
             )
         inputs = StudentInputs(
             train=read_prepared(train) if needed or train.exists() else None,

@@ -155,7 +155,7 @@ class StudentRun:
 
     def _check_smallest_batch(self) -> None:
         """Refuse a network that cannot train on one image alone, as with batch norm on 1x1 maps, where it would."""
-        rows, batch_size = self._rows(), self.params.training.batch_size
+        rows, batch_size = self.rows(), self.params.training.batch_size
         smallest = min(batch.stop - batch.start for batch in batches_of(rows, batch_size)) // self.processes.count
         if smallest > 1:
             return
@@ -170,7 +170,7 @@ class StudentRun:
                     "another training.batch_size, or fewer devices"
                 ) from None
 
-    def _rows(self) -> int:
+    def rows(self) -> int:
         """Return how many images an epoch has."""
         if self.method.source == "shards" and self.inputs.shards is not None:
             return self.inputs.shards.manifest.rows
@@ -193,22 +193,26 @@ class StudentRun:
         Raises:
             TrainingError: training cannot go on; it names student, method and seed.
         """
-        with _named(f"{self.name} seed {seed}"):
-            return fit(self._task(seed, f"{self.name} seed {seed}"), self.processes, self.store, bar_position)
+        with named(f"{self.name} seed {seed}"):
+            return fit(self.task(seed, f"{self.name} seed {seed}"), self.processes, self.store, bar_position)
 
     def fit_group(self, seeds: Sequence[int], bar_position: int | None = 0) -> None:
         """Train with the seeds of a group: as one if there are several, and the shards are at hand."""
-        stacked = len(seeds) > 1 and (self.method.source != "shards" or self._shards.is_resident)
-        if not stacked:
+        if not self.is_stacked(seeds):
             for seed in seeds:
                 self.fit(seed, bar_position)
             return
         name = f"{self.name} seeds {seeds[0]} to {seeds[-1]}"
-        with _named(name):
-            tasks = [self._task(seed, name) for seed in seeds]
-            fit_stack(tasks, partial(self._stacked_source, seeds), self.processes, self.store, bar_position)
+        with named(name):
+            tasks = [self.task(seed, name) for seed in seeds]
+            fit_stack(tasks, partial(self.stacked_source, seeds), self.processes, self.store, bar_position)
 
-    def _task(self, seed: int, description: str) -> FitTask:
+    def is_stacked(self, seeds: Sequence[int]) -> bool:
+        """Return whether the seeds of a group are trained as one: it has several, and the shards are at hand."""
+        return len(seeds) > 1 and (self.method.source != "shards" or self._shards.is_resident)
+
+    def task(self, seed: int, description: str) -> FitTask:
+        """Return what a run with a seed trains."""
         return FitTask(
             key=self.key(seed),
             architecture=self.architecture,
@@ -217,6 +221,7 @@ class StudentRun:
             training=self.params.training,
             seed=seed,
             validation=self.inputs.validation,
+            test=self.inputs.test,
             description=description,
             start=self.start.state if self.start else None,
         )
@@ -278,7 +283,8 @@ class StudentRun:
         search = search_of(self.teacher.model, self.params.search, search_batch(self.params.runtime, device), device)
         return OnlineSource(fresh, search, statuses_of(self.method.losses))
 
-    def _stacked_source(self, seeds: Sequence[int]) -> Source:
+    def stacked_source(self, seeds: Sequence[int]) -> Source:
+        """Return the batches of seeds that are trained as one."""
         if self.method.source == "shards":
             shards = self._shards.for_fit(seeds[0], statuses_of(self.method.losses))
             return StackedShardSource(shards, seeds)
@@ -382,6 +388,8 @@ def _reads_of(
         reads["search"] = params.search.model_dump(exclude_defaults=True)
     if inputs.validation is not None:
         reads["validation"] = inputs.validation.digest  # in the curve only
+    if inputs.test is not None:
+        reads["test"] = inputs.test.digest  # in the curve only
     return reads
 
 
@@ -429,7 +437,7 @@ def sharing_shards(runs: Sequence[StudentRun]) -> list[StudentRun]:
 
 
 @contextmanager
-def _named(description: str) -> Iterator[None]:
+def named(description: str) -> Iterator[None]:
     """Let whatever goes wrong in training be a TrainingError that names it."""
     try:
         yield

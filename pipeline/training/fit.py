@@ -49,7 +49,7 @@ class Fit(NamedTuple):
     weights: Path
     """Safetensors file in the store."""
     curve: list[dict[str, float]]
-    """One row an epoch: epoch, learning_rate, loss, and validation_accuracy where there is a validation split."""
+    """One row an epoch: epoch, learning_rate, loss; validation_accuracy and test_accuracy of splits that are given."""
     reused: bool
     """It was finished before."""
 
@@ -89,6 +89,8 @@ class FitTask:
     """For the curve only; nothing is chosen by it."""
     description: str
     """For progress."""
+    test: Prepared | None = None
+    """For the curve only, of experiments that lay their figures beside those of others, who choose the epoch by it."""
     start: Mapping[str, Tensor] | None = None
     """State of the network to go on from; what it lacks follows from the seed."""
 
@@ -115,7 +117,7 @@ def fit(task: FitTask, processes: Processes, store: Store, bar_position: int | N
     if finished:
         return finished
     fabric = processes.start()
-    classifier = _first_network(task)
+    classifier = first_network(task)
     # After the network: its first weights are those of its seed, whatever it minimises.
     objective = task.objective(classifier)
     run = TrainingRun(fabric, classifier, objective, task.training, store.path(f"{key}/{CHECKPOINT}"))
@@ -148,7 +150,7 @@ def fit_stack(
         TrainingError: the loss of one is not finite; the last checkpoint is kept.
     """
     first, seeds = tasks[0], [task.seed for task in tasks]
-    members = [_first_network(task) for task in tasks]
+    members = [first_network(task) for task in tasks]
     stack = Stack(members)
     checkpoint = store.path(f"{first.key}/{STACK_CHECKPOINT}")
     run = TrainingRun(processes.start(), stack, first.objective(stack), first.training, checkpoint)
@@ -161,7 +163,7 @@ def fit_stack(
     checkpoint.unlink(missing_ok=True)
 
 
-def _first_network(task: FitTask) -> Classifier:
+def first_network(task: FitTask) -> Classifier:
     """Return the network at the start of training."""
     torch.manual_seed(task.seed)
     classifier = build(task.architecture)
@@ -231,15 +233,16 @@ class TrainingRun:
                 if self.mean is not None and epoch >= round(epochs * (1 - self.training.averaged), 6):
                     self.mean.update_parameters(self.classifier)
                     network = self.mean.module
-                right = None
-                if task.validation is not None:
-                    right = accuracies(network, len(seeds), task.validation, self.fabric.device)
+                splits = {"validation_accuracy": task.validation, "test_accuracy": task.test}
+                right = {
+                    name: accuracies(network, len(seeds), split, self.fabric.device)
+                    for name, split in splits.items()
+                    if split is not None
+                }
                 for number, curve in enumerate(self.curves):
                     row = {"epoch": epoch + 1.0, "learning_rate": learning_rate(self.training, moment)}
                     row["loss"] = losses[number]
-                    if right is not None:
-                        row["validation_accuracy"] = right[number]
-                    curve.append(row)
+                    curve.append(row | {name: values[number] for name, values in right.items()})
                 if self.fabric.is_global_zero and time.monotonic() - self.saved > CHECKPOINT_SECONDS:
                     self._save()
                 bar.update()

@@ -3,20 +3,23 @@
 import json
 import math
 import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from pipeline.core.errors import DataError, ParameterError
-from pipeline.core.provenance import ROOT
+from pipeline.core.provenance import ROOT, fingerprint
 from pipeline.evaluate.statistics import difference, estimate
 from pipeline.experiment.figure import experiment_svg, number_in
+from pipeline.experiment.records import RunRecords
 from pipeline.experiment.results import Cell, Cost, Results, Run, read_results, reference_of, results_table
 from pipeline.experiment.spec import check_comparisons, labels_of, load_experiment, variants
 from pipeline.networks.stack import MEMBERS
 from pipeline.networks.weights import load_weights, save_weights
-from tests.support.files import make_project, run_stage, tiny_params, write_params
+from pipeline.training.objective import Objective
+from tests.support.files import contents, make_project, run_stage, tiny_params, write_params
 
 FILES = sorted((ROOT / "experiments").glob("*.yaml"))
 TWO_WORKERS = {"runtime.workers": 2, "runtime.threads": 2}
@@ -374,6 +377,42 @@ def test_an_experiment_runs_and_finds_what_is_finished(project):
     assert {each: each.stat().st_mtime_ns for each in (project / ".work/fits").rglob("weights.safetensors")} == stamps
 
 
+def test_a_plan_counts_the_runs_and_makes_nothing(project):
+    # Runs of `original` are the same with one view and with two, and so is one of the two draws.
+    path = written(project, SMALL + "best_epoch_on_test: true\n")
+    path.write_text(path.read_text().replace("[hinton, bss]", "[original, bss]").replace(", train_fraction: 0.5", ""))
+    before = contents(project)
+    first = run_stage("experiment", path, "--plan")
+    assert first.exit_code == 0, first.stderr
+    # original: 2 seeds; bss: 2 seeds in the loop, and of two draws with one view and with two.
+    assert first.stdout.startswith("0 runs are in reports/experiments/mine/runs, 12 are to be trained: about ")
+    assert first.stdout.endswith(" hours by 2 workers on cpu, without samples and comparisons\n")
+    assert contents(project) == before
+    assert run_stage("experiment", path).exit_code == 0
+    records = sorted((project / "reports/experiments/mine/runs").iterdir())
+    assert len(records) == 12
+    records[0].unlink()
+    assert "11 runs are in reports/experiments/mine/runs, 1 are" in run_stage("experiment", path, "--plan").stdout
+
+
+@pytest.mark.parametrize("seeds", [2, 8])
+def test_the_hours_are_those_of_the_runs_of_all_images(project, monkeypatch, seeds):
+    loss = Objective.loss
+
+    def slow(self, *arguments):
+        time.sleep(0.1)
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(Objective, "loss", slow)
+    text = f"title: Mine\nvalues: {{methods: [bss], seeds: {seeds}, training.epochs: 3000, attack.views: 1}}\n"
+    result = run_stage("experiment", written(project, text), "--plan")
+    assert result.exit_code == 0, result.stderr
+    assert f", {seeds} are to be trained: about " in result.stdout
+    # 3,000 epochs of four steps, of four seeds at once, and two such groups side by side; a busy machine takes longer.
+    least = 3000 * 4 * 0.1 / 3600
+    assert least < float(result.stdout.split("about ")[1].split()[0].replace(",", "")) < 2.5 * least
+
+
 TWO_TEACHERS = """
 title: Teachers
 values: {methods: [hinton, at], seeds: 2, attack.views: 1}
@@ -471,6 +510,50 @@ def test_runs_of_other_code_count_where_that_is_wanted_and_the_table_says_so(pro
     results = read_results(project / "reports/experiments/mine/results.json")
     assert results.cells[0].runs[0][0].accuracy != 0.125
     assert "states of the code" not in table.read_text()
+
+
+BY_EPOCHS = """
+title: Mine
+values: {methods: [original], seeds: 2, training.milestones: [], training.learning_rate: 0.02}
+axes: {epochs: {"1": {training.epochs: 1}, "2": {training.epochs: 2}, "3": {training.epochs: 3}}}
+"""
+
+
+def test_the_best_epoch_is_the_best_of_runs_that_end_there(project):
+    # At one rate, a run of fewer epochs is the beginning of a longer one.
+    path = written(project, BY_EPOCHS)
+    assert run_stage("experiment", path, "--runs", "kept").exit_code == 0
+    plain = read_results(project / "reports/experiments/mine/results.json")
+    assert "as others print" not in (project / "reports/experiments/mine/table.md").read_text()
+    names = {file.name for file in (project / "kept").iterdir()}
+    written(project, BY_EPOCHS + "best_epoch_on_test: true\n")
+    result = run_stage("experiment", path, "--runs", "kept")
+    assert result.exit_code == 0, result.stderr
+    assert {file.name for file in (project / "kept").iterdir()} == names
+    results = read_results(project / "reports/experiments/mine/results.json")
+    for seed in range(2):
+        runs = [cell.runs[0][seed] for cell in plain.cells]
+        for number, cell in enumerate(results.cells):
+            best = max(run.accuracy for run in runs[: number + 1])
+            assert cell.runs[0][seed] == runs[number].model_copy(update={"test_accuracy_best_epoch": best})
+    table = (project / "reports/experiments/mine/table.md").read_text()
+    assert "| Test, % | Best epoch on test (as others print), % |" in table
+    assert "chosen by test itself, as others do; no other figure is." in table
+    # Records that have it serve where nobody asks for it.
+    shutil.rmtree(project / ".work")
+    written(project, BY_EPOCHS)
+    assert run_stage("experiment", path, "--runs", "kept").exit_code == 0
+    assert not (project / ".work/fits").exists()
+    assert read_results(project / "reports/experiments/mine/results.json") == plain
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs/results/photographs").glob("*.json")), ids=lambda path: path.stem)
+def test_the_finished_runs_of_the_documentation_are_found(path):
+    kept = json.loads(path.read_text())
+    assert kept["wanted"] == fingerprint(kept["reads"], kept["seed"])
+    found = RunRecords(path.parent).find(kept["student"], kept["method"], kept["seed"], kept["wanted"], kept["code"])
+    assert found is not None
+    assert found.accuracy == kept["accuracy"]
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"student": 3}'])

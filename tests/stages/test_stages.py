@@ -486,7 +486,7 @@ BAD = {
     "attack a teacher near chance": (mixed_labels, ("attack",), 1, "of the images correctly, chance is 37.5%"),
     "NaN in the teacher's training": (change(NAN | {"teacher.network": "resnet8w2"}), ("teacher",), 1, "the loss is "),
     "NaN in a student's training": (change(NAN), student("original"), 1, "the loss of seed "),
-    "shards missing": (remove("data/bss/manifest.json"), student("bss"), 1, "data/bss/manifest.json: cannot be read"),
+    "shards missing": (remove("data/bss/manifest.json"), student("bss"), 1, "data/bss/manifest.json: no such file"),
     "shard missing": (remove("data/bss/view-000-block-00000.h5"), student("bss"), 1, "block-00000.h5: missing"),
     "shard truncated": (
         lambda p: truncate(p / "data/bss/view-001-block-00002.h5"),

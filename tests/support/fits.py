@@ -35,7 +35,7 @@ class Recorded:
             yield self.change(batch, epoch, step)
 
 
-def fit_tiny(store, source=None, key="key", seed=0, validation=False, objective=Objective, **changes):
+def fit_tiny(store, source=None, key="key", seed=0, validation=False, test=False, objective=Objective, **changes):
     defaults = {"training.epochs": 6, "training.learning_rate": 0.1}
     params = tiny_params({**defaults, **{f"training.{name}": value for name, value in changes.items()}})
     splits = tiny_splits()
@@ -47,6 +47,7 @@ def fit_tiny(store, source=None, key="key", seed=0, validation=False, objective=
         training=params.training,
         seed=seed,
         validation=splits["validation"] if validation else None,
+        test=splits["test"] if test else None,
         description="tiny",
     )
     return fit(task, Processes(params.runtime, "32-true"), Store(store))

@@ -199,6 +199,20 @@ def test_a_stopped_run_resumes(tmp_path, undisturbed, every_epoch):
     assert resumed_epochs(tmp_path, undisturbed) == [3, 4, 5]
 
 
+def test_the_test_split_in_the_curve_changes_nothing_else_and_outlives_a_stop(tmp_path, undisturbed, every_epoch):
+    with pytest.raises(StoppedError):
+        fit_tiny(tmp_path, Recorded(stop_at(3)), validation=True, test=True)
+    result = fit_tiny(tmp_path, validation=True, test=True)
+    assert same_state(result.weights.read_bytes(), undisturbed[0])
+    found = [row.pop("test_accuracy") for row in result.curve]
+    assert result.curve == undisturbed[1]
+    test, model = tiny_splits()["test"], load_weights(result.weights).eval()
+    with torch.no_grad():
+        classes = model(torch.from_numpy(test.images).float() / 255).argmax(1).numpy()
+    assert found[-1] == (classes == test.labels).mean()
+    assert len(set(found)) > 1
+
+
 @pytest.mark.parametrize("damage", [truncate, lambda path: path.write_bytes(b"")], ids=["truncated", "empty"])
 def test_a_damaged_checkpoint_starts_over(tmp_path, undisturbed, every_epoch, damage):
     damage(stopped_fit(tmp_path))

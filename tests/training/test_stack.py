@@ -120,8 +120,9 @@ def test_fits_of_a_stack_are_those_of_single_students_within_rounding(tmp_path, 
 def test_a_stack_that_was_interrupted_goes_on_from_its_checkpoint(tmp_path, samples, monkeypatch):
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
     few = {"seeds": 2, "training.epochs": 5, "runtime.workers": 1}
-    whole = student_run(tmp_path / "whole", samples, "bss", few).fit_all()
-    run, epochs = student_run(tmp_path / "stopped", samples, "bss", few), []
+    test = tiny_splits()["test"]
+    whole = student_run(tmp_path / "whole", samples, "bss", few, test=test).fit_all()
+    run, epochs = student_run(tmp_path / "stopped", samples, "bss", few, test=test), []
     plain = training.TrainingRun.train_epoch
 
     def stopping(self, source, epoch, moment, seeds):
@@ -133,11 +134,12 @@ def test_a_stack_that_was_interrupted_goes_on_from_its_checkpoint(tmp_path, samp
     monkeypatch.setattr(training.TrainingRun, "train_epoch", stopping)
     with pytest.raises(TrainingError, match="resnet8w2-bss seeds 0 to 3: StoppedError"):
         run.fit_all()
-    again = student_run(tmp_path / "stopped", samples, "bss", few).fit_all()
+    again = student_run(tmp_path / "stopped", samples, "bss", few, test=test).fit_all()
     assert epochs == [0, 1, 2, 3, 3, 4]
     for result, expected in zip(again, whole, strict=True):
         assert same_state(result.weights.read_bytes(), expected.weights.read_bytes())
         assert result.curve == expected.curve
+        assert all("test_accuracy" in row for row in result.curve)
     assert not list(tmp_path.glob("stopped/*/*.pt"))
 
 
