@@ -32,7 +32,7 @@ def main(weights: Path, params_path: Path, kind: str, prepared: Path, out: Path 
     written is run on test images and compared with the network: onnx by onnxruntime, pt2 by torch.
 
     \b
-    Example: python -m stages.export models/students/resnet8w2-bss/seed-0.safetensors
+    Example: python -m stages.export models/teacher.safetensors --to onnx
     """
     import torch
 

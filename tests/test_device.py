@@ -455,5 +455,5 @@ def test_shards_bring_whole_numbers_from_the_device(gpu):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS_OF_DEVICE, "cpu", noted)
         shard_values(search, train, Block(1, 0, 0, 32), view_parameters(), attack_parameters())
-    images = {dtype for dtype, shape in brought if shape == train.image_shape}
+    images = {dtype for dtype, shape in brought if shape == train.view_shape}
     assert images == {torch.uint8, torch.int8}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,8 +47,14 @@ class ViewParameters(NamedTuple):
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return the same as tensors on a device."""
-        crop, flip, colour = (torch.from_numpy(each).to(device) for each in self)
+        crop, flip, colour = (on_device(each, device) for each in self)
         return crop, flip, colour
+
+
+def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device, without a copy to it of what is empty."""
+    tensor = torch.from_numpy(array)
+    return tensor.to(device) if array.size else torch.empty_like(tensor, device=device)
 
 
 def uniforms(seed: int, stream: Stream, view: int, start: int, rows: int, width: int) -> NDArray[np.float64]:
@@ -181,13 +187,14 @@ def apply_views(
 
 
 def _cut(images: Tensor, corner: Tensor, flip: Tensor, size: Sequence[int]) -> Tensor:
-    """Return crops of one size; past the end of an image, its last rows and columns go on."""
+    """Return crops of one size; of crops as large as the image, its last rows and columns go on past its end."""
     count, channels, height, width = images.shape
     device = images.device
     columns = torch.arange(size[1], device=device).expand(count, size[1])
     columns = torch.where(flip[:, None].bool(), size[1] - 1 - columns, columns) + corner[:, 1:]
     rows = torch.arange(size[0], device=device) + corner[:, :1]
-    rows, columns = rows.clamp(max=height - 1), columns.clamp(max=width - 1)
+    if tuple(size) == (height, width):
+        rows, columns = rows.clamp(max=height - 1), columns.clamp(max=width - 1)
     sample = torch.arange(count, device=device)[:, None, None, None]
     channel = torch.arange(channels, device=device)[:, None, None]
     return images[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]

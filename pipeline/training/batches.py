@@ -19,7 +19,7 @@ from pipeline.core.parameters import Views
 from pipeline.core.status import Status
 from pipeline.images.pixels import pixels
 from pipeline.images.prepared import Prepared
-from pipeline.images.views import Stream, apply_views, draw_views
+from pipeline.images.views import Stream, apply_views, draw_views, on_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +165,7 @@ class FreshSource:
     def batches(self, drawn: Drawn) -> Iterator[Batch]:
         """Yield the batches of an epoch."""
         # Once an epoch: the host would wait for each copy to a GPU.
-        order, crop, flip, colour = (torch.from_numpy(each).to(self.device) for each in drawn)
+        order, crop, flip, colour = (on_device(each, self.device) for each in drawn)
         for batch in batches_of(self.rows, self.batch_size):
             rows = order[..., batch]
             drawn_of = (

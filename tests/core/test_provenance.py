@@ -93,7 +93,7 @@ EDITS = {
     # What decides nothing.
     "a comment": Edit("search/newton.py", "# forward passes on one ray", "# at most, on one ray", set()),
     "a docstring": Edit("images/views.py", '"""Views: ', '"""Other views: ', set()),
-    "layout": Edit("images/views.py", "* (2 * padding + 1)", "*(\n        2*padding + 1)", set()),
+    "layout": Edit("images/views.py", "(padded - size + 1)", "(\n            padded-size + 1)", set()),
     "the reader of URLs": Edit("shards/folder.py", "METADATA_BLOCK = 1 << 16", "METADATA_BLOCK = 1 << 17", set()),
     "a limit on strangers' manifests": Edit(
         "shards/limits.py", "LARGEST_MANIFEST = 16", "LARGEST_MANIFEST = 17", set()
