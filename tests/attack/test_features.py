@@ -8,12 +8,14 @@ from torch import nn
 from pipeline.attack.dataset import SampleDataset
 from pipeline.core.errors import DataError, ParameterError, ShardError
 from pipeline.core.parameters import check_params
+from pipeline.core.status import Status
 from pipeline.networks.classifier import Architecture, Classifier
 from pipeline.networks.penultimate import penultimate_features, penultimate_size
 from pipeline.shards.check import find_problems
 from pipeline.shards.file import read_columns
 from pipeline.shards.manifest import read_manifest
 from pipeline.shards.reader import BoundaryShards
+from pipeline.student.shard_source import ShardSource
 from tests.support.files import (
     change_manifest,
     make_missing,
@@ -25,7 +27,7 @@ from tests.support.files import (
     tiny_values,
 )
 from tests.support.fits import student_run
-from tests.support.helpers import attack_parameters, features_of, make_shards, random_prepared, tiny_resnet
+from tests.support.helpers import CPU, attack_parameters, features_of, make_shards, random_prepared, tiny_resnet
 
 WITH, WITHOUT = {"attack.features": True}, {}
 RKD = {"student_layers": ["penultimate"], "teacher_layers": ["penultimate"], "distance": 2.5, "angle": 5}
@@ -135,6 +137,23 @@ def test_hooks_are_gone_afterwards():
         model(torch.rand(2, 1, 8, 8))
     model(torch.rand(1, 1, 8, 8))
     assert [tuple(each.shape) for each in found] == [(3, penultimate_size(model)), (2, penultimate_size(model))]
+
+
+@pytest.mark.parametrize("statuses", [(), (Status.CONVERGED,)])
+def test_batches_have_features_of_their_rows_resident_or_read_ahead(made, statuses):
+    stored = columns_in(made / "with/bss")
+    place_of = {image.tobytes(): place for place, image in enumerate(stored["image"])}
+    for resident in (True, False):
+        source = ShardSource(BoundaryShards(made / "with/bss"), 0, 10, CPU, statuses, features=True, resident=resident)
+        rows = 0
+        for batch in source.epoch(0):
+            images = (batch.images * 255).round().to(torch.uint8).numpy()
+            places = [place_of[image.tobytes()] for image in images]
+            assert np.array_equal(batch.teacher_features, stored["teacher_features"][places].astype(np.float32))
+            some = torch.tensor([1, 0])
+            assert torch.equal(batch.take(some).teacher_features, batch.teacher_features[some])
+            rows += len(places)
+        assert rows == 64
 
 
 @pytest.mark.parametrize("method", ["rkd", "rkd_bss"])

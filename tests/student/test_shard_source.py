@@ -96,8 +96,9 @@ def places_in(batch, place_of):
 
 
 def values_of(whole):
-    """The fields of a batch, or of boundary-supporting samples, by name."""
-    return {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
+    """The fields of a batch, or of boundary-supporting samples, that it has, by name."""
+    values = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def everything_in(batch):
