@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT_SECONDS = 5.0
 LAYERS_NAMED = 30  # in messages
+USUAL_MOMENTUM, MEMORIES = 0.1, 30  # of batch norm; how often a training goes through what it remembers
 DIGEST_BYTES = sha256().digest_size  # before the content of a checkpoint
 WEIGHTS, CURVE = "weights.safetensors", "curve.json"
 CHECKPOINT, STACK_CHECKPOINT = "checkpoint.pt", "stack.pt"  # the latter is kept under the key of the first member
@@ -191,6 +192,22 @@ def find_fit(store: Store, key: str) -> Fit | None:
     return Fit(weights, json.loads(curve.read_text(encoding="utf-8")), reused=True) if weights and curve else None
 
 
+def shorten_memory(network: nn.Module, steps: int) -> None:
+    """Let batch norm with a long memory see a thirtieth of the training at most, or what it remembers is out of date.
+
+    Running statistics are means over about 1 / momentum steps. torchvision's MobileNetV3 has a momentum of 0.01, made
+    for hundreds of thousands of steps: after 480, it is at chance in evaluation, whatever it has learned. Layers with
+    the momentum 0.1 that torch has by default, or more, stay as they are.
+
+    Args:
+        network: whose layers are changed.
+        steps: of the whole training.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.momentum is not None:
+            layer.momentum = max(layer.momentum, min(USUAL_MOMENTUM, MEMORIES / steps))
+
+
 class TrainingRun:
     """A network, or a stack of them, in training, with its optimiser, schedule and checkpoint."""
 
@@ -214,6 +231,7 @@ class TrainingRun:
         """Train all epochs that are missing; returns the curve of each member."""
         self._resume()
         source, epochs = task.source(), self.training.epochs
+        shorten_memory(self.classifier, epochs * math.ceil(source.rows / self.training.batch_size))
         done = len(self.curves[0])
         with tqdm(
             total=epochs,

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load
+from torch import nn
 
 from pipeline.core.errors import DataError, ParameterError, TrainingError
 from pipeline.networks.weights import load_weights, save_weights
@@ -17,7 +18,7 @@ from pipeline.student.run import sharing_shards
 from pipeline.student.shard_source import ShardSource
 from pipeline.training import fit as training
 from pipeline.training.batches import BoundaryBatch, BoundarySamples, batches_of
-from pipeline.training.fit import curve_csv, learning_rate
+from pipeline.training.fit import curve_csv, learning_rate, shorten_memory
 from pipeline.training.objective import Moment
 from tests.support.files import (
     ROOT,
@@ -510,3 +511,45 @@ def test_runs_that_share_shards_load_them_once_and_end_as_those_that_do_not(tmp_
         assert same_state(alone.weights.read_bytes(), weights)
     assert len(loads) == 1 + 3
     assert ["delta" in columns for columns in loads[1:]] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("momentum", "steps", "expected"),
+    [(0.1, 10, 0.1), (0.1, 10_000, 0.1), (0.01, 480, 30 / 480), (0.01, 100, 0.1), (0.01, 10_000, 0.01), (0.5, 9, 0.5)],
+)
+def test_batch_norm_remembers_a_thirtieth_of_the_training_at_most(momentum, steps, expected):
+    layer, without = nn.BatchNorm2d(3, momentum=momentum), nn.BatchNorm2d(3, momentum=None)
+    shorten_memory(nn.Sequential(layer, without), steps)
+    assert layer.momentum == pytest.approx(expected)
+    assert without.momentum is None
+
+
+def test_a_network_with_a_long_memory_knows_in_evaluation_what_it_learned():
+    """Statistics that lag behind leave a network at chance that tells the training images apart."""
+    train = tiny_splits()["train"]
+
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8, momentum=0.001), nn.ReLU(), nn.Flatten())
+            self.linear = nn.Linear(288, 4)
+
+        def forward(self, images):
+            return self.linear(self.net(images * 30 + 50))
+
+    torch.manual_seed(0)
+    accuracies_of = []
+    for steps in (1_000_000, 60):
+        torch.manual_seed(0)
+        network = Slow()
+        shorten_memory(network, steps)
+        optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+        images, labels = torch.from_numpy(train.images) / 255, torch.from_numpy(train.labels)
+        for _ in range(60):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+        with torch.no_grad():
+            accuracies_of.append(float((network.eval()(images).argmax(1) == labels).float().mean()))
+    assert accuracies_of[0] < 0.6
+    assert accuracies_of[1] > 0.95
