@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from pipeline.publish.writer import write_shard
 from pipeline.search.boundary import Problem, SearchResult
 from pipeline.search.newton import NewtonSearch
 from pipeline.shards.file import read_columns
-from pipeline.shards.format import Column
+from pipeline.shards.format import columns_of
 
 LEVELS = (127, 15, 7, 3)
 
@@ -41,19 +42,17 @@ def search(todo: Searches, levels: int) -> SearchResult:
 def stored(directions: NDArray[np.int8], compression: str, runs: int) -> tuple[float, Spread]:
     """Return bytes of a direction in a shard, and how many are read in a second, whole shards at a time."""
     rows = len(directions)
-    columns = {"index": Column("uint32", (), ""), "delta": Column("int8", directions.shape[1:], "")}
-    columns["crop"] = Column("int16", (2,), "")  # by which the format version is known
-    values: dict[str, NDArray[Any]] = {
-        "index": np.arange(rows, dtype=np.uint32),
-        "delta": directions,
-        "crop": np.zeros((rows, 2), np.int16),
-    }
+    columns = columns_of(directions.shape[1:], 2, 1, embed_images=False)
+    values = {name: np.zeros((rows, *column.shape), column.dtype) for name, column in columns.items()}
+    values["delta"] = directions[:, None]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.h5"
         write_shard(path, values, columns, fingerprint="0" * 64, view=0, block=0, compression=compression)
         device = torch.device("cpu")
         times = [seconds_of(lambda: read_columns(path, ["delta"]), device)[0] for _ in range(runs)]
-        return path.stat().st_size / rows, Spread.of(rows / seconds for seconds in times)
+        with h5py.File(path) as file:
+            size = file["delta"].id.get_storage_size() / rows
+        return size, Spread.of(rows / seconds for seconds in times)
 
 
 @click.command()
