@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from pipeline.machine.device import one_cpu_thread
 from pipeline.networks.classifier import Classifier
+from pipeline.networks.fast import frozen
 
 
 class Costs(BaseModel):
@@ -39,9 +40,10 @@ def multiply_adds(model: Classifier) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode  # imported here: slow
 
+    still = frozen(model, torch.device("cpu"))  # the counter follows gradients, which some networks hide from it
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), _plain_attention(), sdpa_kernel(SDPBackend.MATH), counter:
-        model.eval()(model.black_images(1))
+        still(model.black_images(1))
     return int(counter.get_total_flops()) // 2
 
 
