@@ -774,3 +774,18 @@ def test_two_processes_end_with_the_weights_of_one(project, launcher):
 def test_two_processes_train_from_shards(project):
     weights = two_processes(project, "fabric", "bss", "resnet8w2")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_a_method_with_layers_of_its_own_is_refused_on_two_processes(project):
+    write_params(project / "params.yaml", {"seeds": 1, "runtime.devices": 2})
+    result = subprocess.run(
+        [sys.executable, "-m", "stages.student", "--student", "resnet8w2", "--method", "fitnet_one_stage"],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    assert "trains on one device: set runtime.devices to 1" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

@@ -392,15 +392,6 @@ def test_methods_end_with_weights_of_their_own(tmp_path, sample_directory):
         assert not any(same_state(one, other) for other in ends[:number]), methods[number]
 
 
-@pytest.mark.parametrize("method", ["fitnet", "fsp", "fitnet_one_stage"])
-def test_stages_and_layers_of_a_methods_own_are_trained_on_one_device(tmp_path, sample_directory, method):
-    two = {"runtime.devices": 2}
-    with pytest.raises(ParameterError, match=r"trains on one device: set runtime\.devices to 1"):
-        student_run(tmp_path, sample_directory, method, two)
-    for other in ("at", "rkd", "dist"):
-        student_run(tmp_path, sample_directory, other, two)
-
-
 @pytest.mark.parametrize("method", FEATURES)
 def test_a_method_that_reads_features_refuses_another_teacher(tmp_path, sample_directory, method):
     other = tmp_path / "other.safetensors"
