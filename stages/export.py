@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import torch
 
 from pipeline.core.parameters import load_params
 from pipeline.export.program import SUFFIXES, check, export
@@ -34,8 +35,6 @@ def main(weights: Path, params_path: Path, kind: str, prepared: Path, out: Path 
     \b
     Example: python -m stages.export models/teacher.safetensors --to onnx
     """
-    import torch
-
     params = load_params(params_path)
     torch.set_num_threads(cpu_threads(params.runtime))
     test = read_prepared(prepared / "test.h5")

@@ -87,9 +87,8 @@ class _Part(NamedTuple):
     @classmethod
     def of(cls, search: TeacherSearch, train: Prepared, block: Block, views: Views, attack: Attack) -> _Part:
         rows = slice(block.start, block.start + block.rows)
-        sizes = train.images.shape[2:], train.view_shape[1:]
-        drawn = draw_views(attack.seed, block.view, block.start, block.rows, views, *sizes)
-        seen = _cut(train, train.images[rows], drawn, views.padding, search.device)
+        drawn_by = (attack.seed, block.view, block.start, block.rows)
+        drawn, seen = _views_of(train, train.images[rows], views, drawn_by, Stream.VIEWS, search.device)
         images = pixels(seen)
         with ExitStack() as stack:
             features = stack.enter_context(penultimate_features(search.teacher)) if attack.features else []
@@ -193,11 +192,18 @@ def _search_into(
         values["boundary_logits"][lost] = image_logits[lost]
 
 
-def _cut(
-    train: Prepared, images: NDArray[np.uint8], drawn: ViewParameters, padding: int, device: torch.device
-) -> Tensor:
-    """Return views (N, C, H, W) uint8 of images as they were drawn, cut on the device."""
-    return apply_views(torch.from_numpy(images).to(device), *drawn.on(device), padding, train.view_shape[1:])
+def _views_of(
+    train: Prepared,
+    images: NDArray[np.uint8],
+    views: Views,
+    drawn_by: tuple[int, int, int, int],
+    stream: Stream,
+    device: torch.device,
+) -> tuple[ViewParameters, Tensor]:
+    """Draw a view of each of some training images, by (seed, view, start, rows), and cut it, uint8, on a device."""
+    size = train.view_shape[1:]
+    drawn = draw_views(*drawn_by, views, train.images.shape[2:], size, stream)
+    return drawn, apply_views(torch.from_numpy(images).to(device), *drawn.on(device), views.padding, size)
 
 
 def _other_views(
@@ -206,11 +212,10 @@ def _other_views(
     """Return another view (rows, targets, C, H, W) uint8 for each sample of a block: of its image, or of any one."""
     count, images = attack.targets, len(train.labels)
     start, rows = block.start * count, block.rows * count
-    sizes = train.images.shape[2:], train.view_shape[1:]
-    drawn = draw_views(attack.seed, block.view, start, rows, views, *sizes, Stream.OTHER_VIEWS)
     index = np.arange(start, start + rows) // count
     if image == "any":
         numbers = uniforms(attack.seed, Stream.OTHER_IMAGES, block.view, start, rows, 1)
         index = (numbers[:, 0] * images).astype(np.int64)
-    seen = _cut(train, train.images[index], drawn, views.padding, device)
+    drawn_by = (attack.seed, block.view, start, rows)
+    _, seen = _views_of(train, train.images[index], views, drawn_by, Stream.OTHER_VIEWS, device)
     return seen.reshape(block.rows, count, *train.view_shape)

@@ -7,7 +7,7 @@ import pytest
 from pipeline.networks.stack import MEMBERS
 from pipeline.student.plan import plan_student
 from pipeline.training.objective import Objective
-from tests.support.files import contents, make_missing, make_project, run_stage, sample_dataset, tiny_splits
+from tests.support.files import contents, make_project, publish_samples, run_stage
 from tests.support.fits import student_run
 
 STEP = 0.1  # seconds, of 16 images of each member
@@ -16,11 +16,7 @@ IMAGES = 64  # of an epoch
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("samples")
-    dataset = sample_dataset(folder, tiny_splits()["train"])
-    make_missing(dataset, folder)
-    dataset.publish(folder / "bss")
-    return folder
+    return publish_samples(tmp_path_factory.mktemp("samples"))
 
 
 @pytest.fixture

@@ -20,16 +20,7 @@ from pipeline.training import fit as training
 from pipeline.training.batches import BoundaryBatch, BoundarySamples, batches_of
 from pipeline.training.fit import curve_csv, learning_rate, shorten_memory
 from pipeline.training.objective import Moment
-from tests.support.files import (
-    ROOT,
-    flip_bit,
-    make_missing,
-    on_full_disk,
-    sample_dataset,
-    tiny_params,
-    tiny_splits,
-    truncate,
-)
+from tests.support.files import ROOT, flip_bit, on_full_disk, publish_samples, tiny_params, tiny_splits, truncate
 from tests.support.fits import Recorded, StoppedError, fit_tiny, same_state, state_in, stop_at, student_run
 
 
@@ -273,11 +264,7 @@ def test_curves_are_csv_with_whole_epochs():
 
 @pytest.fixture(scope="module")
 def sample_directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("samples")
-    dataset = sample_dataset(directory, tiny_splits()["train"])
-    make_missing(dataset, directory)
-    dataset.publish(directory / "bss")
-    return directory
+    return publish_samples(tmp_path_factory.mktemp("samples"))
 
 
 @pytest.mark.parametrize("method", ["original", "bss"])

@@ -16,7 +16,7 @@ from pipeline.training import fit as training
 from pipeline.training.batches import BoundaryBatch, FreshSource, StackedFreshSource, TeacherBatch
 from pipeline.training.objective import Moment, Objective
 from pipeline.training.term import statuses_of
-from tests.support.files import make_missing, sample_dataset, tiny_params, tiny_splits, tiny_teacher
+from tests.support.files import publish_samples, tiny_params, tiny_splits, tiny_teacher
 from tests.support.fits import StoppedError, same_state, student_run
 from tests.support.helpers import CPU, attack_parameters, make_shards, view_parameters
 
@@ -97,11 +97,7 @@ def test_a_stack_trains_as_its_members_alone(shards, name, network):
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("samples")
-    dataset = sample_dataset(folder, tiny_splits()["train"])
-    make_missing(dataset, folder)
-    dataset.publish(folder / "bss")
-    return folder
+    return publish_samples(tmp_path_factory.mktemp("samples"))
 
 
 @pytest.mark.parametrize("method", ["original", "kd_bss"])
