@@ -17,8 +17,8 @@ from pipeline.search.boundary import LogitsFunction, logits_in_batches
 from pipeline.search.find import find_boundary
 
 SIDE = 366  # pixels of a map
-POINTS, FEWER_POINTS = 61, 31  # along each side, where networks are asked; fewer for images of more values than that
-LARGE_IMAGE = 3 * 64 * 64
+POINTS = ((3 * 64 * 64, 61), (3 * 128 * 128, 31))  # along each side, for images of at most so many values
+FEWEST_POINTS = 21  # for larger ones: networks are asked at each
 MARGIN_AROUND = 0.6  # of the distance between the points that a plane was laid through
 LEVELS = (1, 2, 4, 8)  # logit margins that are drawn as contours
 SMALLEST_LABEL = 0.015  # of the map, for a region's class to be written into it
@@ -118,7 +118,7 @@ def logits_on(model: torch.nn.Module, plane: Plane, device: torch.device) -> NDA
     """Return logits (classes, side, side) at a picture's pixels: cubic splines through those at some points."""
     from scipy.interpolate import make_interp_spline
 
-    count = POINTS if plane.origin.numel() <= LARGE_IMAGE else FEWER_POINTS
+    count = next((points for values, points in POINTS if plane.origin.numel() <= values), FEWEST_POINTS)
     rows = rows_of_a_batch(plane.origin.shape)
     with torch.no_grad():
         known = logits_in_batches(model.eval(), plane.points(count).to(device), rows).float().cpu().numpy()

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.core.status import Status
 from pipeline.evaluate.compare import common_pairs, compare, figures_of, teacher_side
-from pipeline.evaluate.planes import POINTS, TRIPLETS, classes_on_planes
+from pipeline.evaluate.planes import POINTS, TRIPLETS, classes_on_planes, points_of_a_plane
 from tests.support.files import mislabelled
 from tests.support.helpers import CPU, random_linear_classifier, random_prepared, tiny_resnet
 from tests.support.searches import newton
@@ -83,6 +83,14 @@ def test_planes_go_through_three_images(split):
     weights = torch.cat([1 - places.sum(1, keepdim=True), places], 1)
     points = torch.einsum("pk,kchw->pchw", weights, x[order])
     assert np.array_equal(found[:POINTS], model(points).argmax(1).numpy())
+
+
+@pytest.mark.parametrize(("size", "points"), [(8, 50), (32, 50), (64, 50), (96, 22), (224, 5), (1024, 5)])
+def test_planes_of_large_images_have_fewer_points(size, points):
+    assert points_of_a_plane((3, size, size)) == points
+    if 64 < size < 224:
+        images = np.zeros((3, 3, size, size), np.uint8)
+        assert len(classes_on_planes(random_linear_classifier(0, 2, (3, size, size), torch.float32), images)) == 200 * points
 
 
 def test_only_images_that_both_classify_correctly_give_a_pair(split):

@@ -122,6 +122,7 @@ def test_what_cannot_be_is_refused_in_one_line(project, monkeypatch, changes, me
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_400_photographs_at_224_pixels_from_folders_to_a_small_network_to_ship(tmp_path, monkeypatch):
     """A network of torchvision distilled to a smaller one: minutes on two cores, and memory told."""
     archive = real_data("cifar10-jpeg.tar.gz")
