@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-EXPERIMENTS := methods weights views targets attacks few few_draws stability
+EXPERIMENTS := methods weights views targets attacks levels few few_draws stability
 
 .PHONY: help environment repro experiments test bench lint style clean
 

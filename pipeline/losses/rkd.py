@@ -7,9 +7,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.core.errors import ParameterError
 from pipeline.core.parameters import Layers, NotNegative
-from pipeline.training.term import FeatureShapes, Step, Term
+from pipeline.training.term import FeatureShapes, Step, Term, check_embeddings, embedding
 
 
 class RkdTerm(Term):
@@ -25,11 +24,7 @@ class RkdTerm(Term):
         super().__init__(parameters, shapes)
         self.given = parameters
         for name, student, teacher in shapes.pairs(parameters):
-            if not {len(student), len(teacher)} <= {1, 3}:
-                raise ParameterError(
-                    f"layers of 'rkd', {name}: the shapes {tuple(student)} and {tuple(teacher)} are no embeddings; "
-                    "name layers whose outputs are vectors (channels) or maps (channels, height, width)"
-                )
+            check_embeddings(f"of 'rkd', {name}", student, teacher)
         self.layers = parameters.pairs
 
     def forward(self, step: Step) -> Tensor:
@@ -38,11 +33,6 @@ class RkdTerm(Term):
             pair = embedding(step.student_features[student]), embedding(step.teacher_features[teacher])
             loss = loss + given.distance * distance_loss(*pair) + given.angle * angle_loss(*pair)
         return loss
-
-
-def embedding(features: Tensor) -> Tensor:
-    """Return (N, C) of vectors (N, C), or of maps (N, C, H, W) by the mean over positions."""
-    return features.mean((2, 3)) if features.ndim > 2 else features
 
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -36,11 +36,15 @@ class OnlineSource:
         parts = batches_of(self.rows, self.fresh.batch_size)
         for step, (part, batch) in enumerate(zip(parts, self.fresh.batches(drawn), strict=True)):
             known = TeacherBatch(
-                images=batch.images, labels=batch.labels, teacher_logits=self.search.teacher(batch.images)
+                images=batch.images,
+                labels=batch.labels,
+                index=batch.index,
+                teacher_logits=self.search.teacher(batch.images),
             )
             yield BoundaryBatch(
                 images=known.images,
                 labels=known.labels,
+                index=known.index,
                 teacher_logits=known.teacher_logits,
                 usable=torch.ones_like(known.labels, dtype=torch.bool),
                 boundary=_SearchedSamples(self, known, noise[drawn.order[part]], (self.fresh.seed, epoch, step)),

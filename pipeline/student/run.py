@@ -9,7 +9,9 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.core.errors import DataError, ParameterError, PipelineError, TrainingError, known_problem, shown
 from pipeline.core.extensions import find_loss, is_own, own_modules
@@ -31,6 +33,7 @@ from pipeline.networks.stack import MEMBERS, stacks_well
 from pipeline.networks.weights import load_weights
 from pipeline.search.table import module_of, search_of
 from pipeline.shards.manifest import manifest_digest
+from pipeline.shards.order import shards_by_view
 from pipeline.shards.reader import BoundaryShards
 from pipeline.student.inputs import StudentInputs
 from pipeline.student.online_source import OnlineSource
@@ -181,7 +184,20 @@ class StudentRun:
         teacher = frozen(self.teacher.model, self.processes.device) if features and self.teacher else None
         smoothing = self.params.training.label_smoothing
         stored = stored_features(self.method, self.inputs.shards)
-        return Objective(student, self.method.losses, teacher, self.method.cross_entropy, smoothing, stored)
+        labels = self._labels() if reads_labels(self.method) else None
+        return Objective(student, self.method.losses, teacher, self.method.cross_entropy, smoothing, stored, labels)
+
+    def _labels(self) -> NDArray[np.int64]:
+        """Return the classes (N,) of all training images."""
+        if self.method.source != "shards" or self.inputs.shards is None:
+            return _needed(self.inputs.train, self.name, self.method, "prepared training data").labels
+        shards = self.inputs.shards
+        columns = [shards.read(shard, ["index", "label"]) for shard in shards_by_view(shards.manifest)[0]]
+        index, label = (np.concatenate([each[name] for each in columns]) for name in ("index", "label"))
+        order = index.argsort(kind="stable")
+        if not np.array_equal(index[order], np.arange(len(index))):
+            raise DataError(f"{self.name}: the first view in {shards.directory} does not have every image once")
+        return np.asarray(label[order], np.int64)
 
     def fit(self, seed: int, bar_position: int | None = 0) -> Fit:
         """Train with one seed, or find the finished run.
@@ -352,6 +368,11 @@ def stored_features(method: Method, shards: BoundaryShards | None) -> int:
     return shards.manifest.columns["teacher_features"].shape[0] if layers == [PENULTIMATE] else 0
 
 
+def reads_labels(method: Method) -> bool:
+    """Return whether a loss of a method knows the classes of all training images, and which of them a batch has."""
+    return any(find_loss(name).reads_labels for name in method.losses)
+
+
 def _teacher_of_shards(name: str, shards: BoundaryShards, path: Path) -> Loaded:
     """Read the teacher, which must be the one that the samples are of."""
     if not path.is_file():
@@ -425,6 +446,7 @@ def load_shards(runs: Sequence[StudentRun]) -> ShardSource:
         first.processes.device,
         statuses,
         any(stored_features(run.method, run.inputs.shards) for run in runs),
+        any(reads_labels(run.method) for run in runs),
         train=first.inputs.train,
     )
 

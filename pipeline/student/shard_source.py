@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ class ShardSource:
         statuses: how the searches of the boundary-supporting samples that are used may have ended; none are read
             without any.
         features: give the teacher's penultimate features, which the shards have.
+        index: say which images a batch has.
         train: the prepared training split, needed when the shards do not embed their images.
         resident: keep all shards on the device; by default, if they fit.
     """
@@ -50,6 +52,7 @@ class ShardSource:
         device: torch.device,
         statuses: tuple[Status, ...] = (),
         features: bool = False,
+        index: bool = False,
         train: Prepared | None = None,
         resident: bool | None = None,
     ) -> None:
@@ -60,11 +63,14 @@ class ShardSource:
         stored = shards.manifest.columns
         views = ["index", *(name for name in VIEW_COLUMNS if name in stored)]
         self.columns += ["image"] if "image" in stored else views
+        self.index = index
+        if index and "image" in stored:
+            self.columns.append("index")
         if features:
             self.columns.append("teacher_features")
         if statuses:
             self.columns += ["status", "delta", "delta_scale", "boundary_logits"]
-        if "index" in self.columns:
+        if "image" not in stored:
             self._check_train()
         if resident is None:
             resident = self._bytes() <= RESIDENT_SHARE * free_memory(device)
@@ -152,19 +158,20 @@ class ShardSource:
         return torch.from_numpy(drawn).to(self.device)
 
     def _batch(self, columns: dict[str, Tensor], rows: Tensor, noise: Tensor) -> TeacherBatch:
-        images = pixels(columns["image"][rows])
-        labels, logits = columns["label"][rows], columns["teacher_logits"][rows].float()
-        features = columns["teacher_features"][rows].float() if "teacher_features" in columns else None
+        known: dict[str, Any] = {
+            "images": pixels(columns["image"][rows]),
+            "labels": columns["label"][rows],
+            "index": columns["index"][rows] if self.index else None,
+            "teacher_logits": columns["teacher_logits"][rows].float(),
+            "teacher_features": columns["teacher_features"][rows].float() if "teacher_features" in columns else None,
+        }
         if not self.statuses:
-            return TeacherBatch(images=images, labels=labels, teacher_logits=logits, teacher_features=features)
+            return TeacherBatch(**known)
         usable = is_any_of(columns["status"][rows], self.statuses)
         # With several targets, one of the usable ones is taken, at random.
         choice = torch.where(usable, noise, -1.0).argmax(-1)
         return BoundaryBatch(
-            images=images,
-            labels=labels,
-            teacher_logits=logits,
-            teacher_features=features,
+            **known,
             usable=usable.any(-1),
             boundary=_StoredSamples(columns, rows, usable.any(-1), choice),
         )
@@ -173,12 +180,12 @@ class ShardSource:
         parts = [self.shards.read(shard, self.columns) for shard in shards]
         columns = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in self.columns}
         if self.train is not None and "image" not in columns:
-            index = columns.pop("index")
+            index = columns["index"]
             if len(index) and int(index.max()) >= len(self.train.labels):
                 raise ShardError(f"{self.shards.directory}: column 'index' names images that the training data lacks")
             images = torch.from_numpy(self.train.images)[index]
             columns["image"] = views_again(images, columns, self.shards.manifest)
-            for name in VIEW_COLUMNS:
+            for name in (*VIEW_COLUMNS, *([] if self.index else ["index"])):
                 columns.pop(name, None)
         return columns
 

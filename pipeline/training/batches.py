@@ -49,10 +49,20 @@ class Batch:
     """(N, C, H, W) float32 in [0, 1]; (S, N, C, H, W) of a stack, and so on."""
     labels: Tensor
     """(N,) int64."""
+    index: Tensor | None = None
+    """(N,) int64, rows of the training split; None of a source that does not know."""
+
+    @property
+    def of_images(self) -> Tensor:
+        """Return `index` of a source that knows."""
+        if self.index is None:
+            raise TypeError("the source of this method does not say which images a batch has")
+        return self.index
 
     def take(self, rows: Tensor) -> Self:
         """Return some rows (M,) as a batch."""
-        return replace(self, images=self.images[rows], labels=self.labels[rows])
+        index = None if self.index is None else self.index[rows]
+        return replace(self, images=self.images[rows], labels=self.labels[rows], index=index)
 
     def part(self, number: int, parts: int) -> tuple[Self, float]:
         """Return the share of one of several processes, and the factor by which its mean loss counts in that of all.
@@ -175,7 +185,7 @@ class FreshSource:
             )
             views = apply_views(self.images[rows.flatten()], *drawn_of, self.views.padding, self.size)
             images = pixels(views).view(*rows.shape, *views.shape[1:])
-            yield Batch(images=images, labels=self.labels[rows])
+            yield Batch(images=images, labels=self.labels[rows], index=rows)
 
 
 class StackedFreshSource:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,6 +49,7 @@ class Objective:
         stored_features: how many penultimate features of the teacher a batch has, where terms look at these alone.
         cross_entropy: weight of the cross-entropy with the labels.
         smoothing: share of the labels that is spread over all classes (Szegedy et al., 2016).
+        labels: (N,) classes of all training images, where terms ask for them.
 
     Raises:
         ParameterError: a layer does not exist, or features cannot be matched.
@@ -60,6 +63,7 @@ class Objective:
         cross_entropy: float = 1.0,
         smoothing: float = 0.0,
         stored_features: int = 0,
+        labels: NDArray[np.int64] | None = None,
     ) -> None:
         losses = losses or {}
         self.network, self.teacher, self.cross_entropy, self.smoothing = network, teacher, cross_entropy, smoothing
@@ -68,6 +72,7 @@ class Objective:
         shapes = FeatureShapes(
             feature_shapes(network, student_layers),
             feature_shapes(teacher, teacher_layers) if teacher is not None else stored,
+            torch.empty(0, dtype=torch.int64) if labels is None else torch.from_numpy(labels),
         )
         terms: dict[str, Term] = {name: find_loss(name)(given, shapes) for name, given in losses.items()}
         self.terms = nn.ModuleList(terms.values())

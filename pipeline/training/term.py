@@ -59,6 +59,8 @@ class FeatureShapes(NamedTuple):
 
     student: Mapping[str, torch.Size]
     teacher: Mapping[str, torch.Size]
+    labels: Tensor = torch.empty(0, dtype=torch.int64)
+    """(N,) int64, classes of all training images, for a term that asks for them."""
 
     def pairs(self, layers: Layers) -> Iterator[tuple[str, torch.Size, torch.Size]]:
         """Yield each pair of layers that is compared: how to name it, the student's shape, the teacher's."""
@@ -83,6 +85,9 @@ class Term(nn.Module):
 
     def __init__(self, parameters: Any, shapes: FeatureShapes) -> None:
         super().__init__()
+
+    reads_labels = False
+    """It knows the classes of all training images, and which of them a batch has."""
 
     takes_stacks = False
     """It can be had of S students at once: `Step` has a dimension more in front, and so has the value."""
@@ -183,6 +188,24 @@ def check_maps(name: str, student: torch.Size, teacher: torch.Size, same_size: b
     else:
         return
     raise ParameterError(f"layers {name}: the shapes {tuple(student)} and {tuple(teacher)} cannot be matched; {wanted}")
+
+
+def check_embeddings(name: str, student: torch.Size, teacher: torch.Size) -> None:
+    """Refuse layers whose outputs are neither vectors (C) nor maps (C, H, W), of which `embedding` makes vectors.
+
+    Raises:
+        ParameterError: it names the layers, their shapes, and what to do.
+    """
+    if not {len(student), len(teacher)} <= {1, 3}:
+        raise ParameterError(
+            f"layers {name}: the shapes {tuple(student)} and {tuple(teacher)} are no embeddings; name layers whose "
+            "outputs are vectors (channels) or maps (channels, height, width)"
+        )
+
+
+def embedding(features: Tensor) -> Tensor:
+    """Return (N, C) of vectors (N, C), or of maps (N, C, H, W) by the mean over positions."""
+    return features.mean((2, 3)) if features.ndim > 2 else features
 
 
 def connector(student: torch.Size, teacher: torch.Size) -> nn.Module:

@@ -144,19 +144,22 @@ def test_batches_have_features_of_their_rows_resident_or_read_ahead(made, status
     stored = columns_in(made / "with/bss")
     place_of = {image.tobytes(): place for place, image in enumerate(stored["image"])}
     for resident in (True, False):
-        source = ShardSource(BoundaryShards(made / "with/bss"), 0, 10, CPU, statuses, features=True, resident=resident)
+        shards = BoundaryShards(made / "with/bss")
+        source = ShardSource(shards, 0, 10, CPU, statuses, features=True, index=True, resident=resident)
         rows = 0
         for batch in source.epoch(0):
             images = (batch.images * 255).round().to(torch.uint8).numpy()
             places = [place_of[image.tobytes()] for image in images]
             assert np.array_equal(batch.teacher_features, stored["teacher_features"][places].astype(np.float32))
+            assert batch.index.tolist() == stored["index"][places].tolist()
             some = torch.tensor([1, 0])
+            assert torch.equal(batch.take(some).index, batch.index[some])
             assert torch.equal(batch.take(some).teacher_features, batch.teacher_features[some])
             rows += len(places)
         assert rows == 64
 
 
-@pytest.mark.parametrize("method", ["rkd", "rkd_bss"])
+@pytest.mark.parametrize("method", ["rkd", "crd", "rkd_bss"])
 def test_students_need_no_teacher(tmp_path, made, method):
     """Nearly those of the teacher itself, whose features have all digits."""
     fits = [

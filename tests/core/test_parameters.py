@@ -44,6 +44,9 @@ UNKNOWN = [
 ]
 
 
+LOSSES = "at, bss, crd, dist, dkd, fitnet, fsp, hinton, kd, rkd"
+
+
 @pytest.mark.parametrize(("old", "new"), MOVED.items())
 def test_a_parameter_that_moved_says_where_it_is(old, new):
     assert f"{old}: is called {new} now" in refusal({old: 1})
@@ -60,7 +63,7 @@ def test_unknown_keys_are_named_with_those_that_are_known(key, known):
 @pytest.mark.parametrize("name", ["sauce", "algorithm", "table", "__init__"])
 def test_unknown_losses_are_named_with_those_that_are_known(name):
     message = refusal({f"method.bss.{name}": 1})
-    assert f"method.bss.{name}: unknown loss; known here: at, bss, dist, dkd, fitnet, fsp, hinton, kd, rkd" in message
+    assert f"method.bss.{name}: unknown loss; known here: {LOSSES}, own.<module>.<class>" in message
 
 
 @pytest.mark.parametrize("key", ["attack", "attack.views", "teacher.training.epochs", "method.bss.source", "seeds"])
@@ -172,7 +175,7 @@ def test_a_method_that_does_not_exist_is_refused_with_those_that_do():
     assert "'methods' names 'vid'" in message
     assert (
         "original, hinton, bss, bss_alone, kd, kd_standardised, kd_bss, hinton_online, bss_online, fitnet, "
-        "fitnet_one_stage, at, fsp, dkd, dkd_standardised, dist, rkd, dkd_bss, rkd_bss" in message
+        "fitnet_one_stage, at, fsp, dkd, dkd_standardised, dist, rkd, crd, dkd_bss, rkd_bss" in message
     )
 
 
@@ -201,9 +204,7 @@ def test_fresh_images_are_for_methods_without_losses_and_for_no_other(losses, so
     else:
         message = refusal({"method.mine": method})
         fresh = "method.mine: source 'fresh' has no teacher: losses take 'shards' or 'online'"
-        other = (
-            f"method.mine: source '{source}' needs at least one loss: at, bss, dist, dkd, fitnet, fsp, hinton, kd, rkd"
-        )
+        other = f"method.mine: source '{source}' needs at least one loss: {LOSSES}"
         assert (fresh if source == "fresh" else other) in message
 
 
@@ -219,7 +220,7 @@ PAIRS = [(["layer1"], ["layer1", "layer2"]), (["layer1", "layer2"], ["layer1"])]
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
-@pytest.mark.parametrize("method", ["fitnet", "at", "fsp", "rkd"])
+@pytest.mark.parametrize("method", ["fitnet", "at", "fsp", "rkd", "crd"])
 def test_layers_are_named_pair_by_pair(method, student, teacher):
     key = f"method.{method}.{method}"
     message = refusal({f"{key}.student_layers": student, f"{key}.teacher_layers": teacher})
@@ -261,6 +262,7 @@ def test_a_method_knows_its_losses_and_whether_it_reads_features():
         "dkd_standardised": {"dkd"},
         "dist": {"dist"},
         "rkd": {"rkd"},
+        "crd": {"crd"},
         "dkd_bss": {"dkd", "bss"},
         "rkd_bss": {"rkd", "bss"},
     }
@@ -270,13 +272,14 @@ def test_a_method_knows_its_losses_and_whether_it_reads_features():
         "at",
         "fsp",
         "rkd",
+        "crd",
         "rkd_bss",
     }
 
 
 def test_every_loss_that_parameters_know_has_a_term_with_parameters_of_its_own():
     terms = {name: find_loss(name) for name in known_losses()}
-    assert set(terms) == {"at", "bss", "dist", "dkd", "fitnet", "fsp", "hinton", "kd", "rkd"}
+    assert set(terms) == {"at", "bss", "crd", "dist", "dkd", "fitnet", "fsp", "hinton", "kd", "rkd"}
     assert all(issubclass(term, Term) and issubclass(term.Parameters, Section) for term in terms.values())
     assert len({term.Parameters for term in terms.values()}) == len(terms)
 

@@ -89,8 +89,8 @@ def test_planes_go_through_three_images(split):
 def test_planes_of_large_images_have_fewer_points(size, points):
     assert points_of_a_plane((3, size, size)) == points
     if 64 < size < 224:
-        images = np.zeros((3, 3, size, size), np.uint8)
-        assert len(classes_on_planes(random_linear_classifier(0, 2, (3, size, size), torch.float32), images)) == 200 * points
+        model = random_linear_classifier(0, 2, (3, size, size), torch.float32)
+        assert len(classes_on_planes(model, np.zeros((3, 3, size, size), np.uint8))) == 200 * points
 
 
 def test_only_images_that_both_classify_correctly_give_a_pair(split):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.losses.rkd import RkdTerm, angle_loss, distance_loss, embedding
+from pipeline.losses.rkd import RkdTerm, angle_loss, distance_loss
 from pipeline.training.batches import Batch, TeacherBatch
 from pipeline.training.objective import Moment, Objective
+from pipeline.training.term import embedding
 from tests.support.helpers import (
     Counting,
     cross_entropy,

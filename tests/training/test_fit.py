@@ -347,7 +347,7 @@ def test_a_missing_input_is_named(tmp_path, sample_directory, method, missing, e
 FEW_EPOCHS = {"seeds": 1, "training.epochs": 4, "training.learning_rate": 0.02}
 LOGITS = ("dkd", "dkd_bss", "dkd_standardised", "kd_standardised", "dist", "bss_alone")
 WARMING_UP = ("dkd", "dkd_bss", "dkd_standardised")
-FEATURES = ("fitnet", "fitnet_one_stage", "at", "fsp", "rkd", "rkd_bss")
+FEATURES = ("fitnet", "fitnet_one_stage", "at", "fsp", "rkd", "crd", "rkd_bss")
 
 
 @pytest.mark.parametrize("method", [*FEATURES, *LOGITS])
