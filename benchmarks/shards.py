@@ -205,7 +205,7 @@ def _project(train: Prepared, count: int, folder: Path) -> Path:
         write_prepared(project / "data/prepared/train.h5", first_images(train, count))
         save_weights(real_teacher(CPU), project / "models/teacher.safetensors")
         (project / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
-        changes = ["attack.views=1", "attack.rows_per_shard=256", "dataset.padding=4", "dataset.flip=true"]
+        changes = ["attack.views=1", "attack.rows_per_shard=256", "views.padding=4", "views.flip=true"]
         configure(project / "params.yaml", changes)
     return project
 
