@@ -43,7 +43,7 @@ def test_nothing_hinders_a_run_in_a_healthy_folder(project):
     assert lines["ok", "parameters"] == "params.yaml: digits, teacher resnet8w2"
     assert lines["ok", "Python"] == sys.version.split()[0]
     assert "cores" in lines["ok", "machine"]
-    assert "3 copies" in lines["ok", "disk"]
+    assert "GB for the samples" in lines["ok", "disk"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_need_is_about_what_the_shards_take(project):
     need = 0
     for path in (project / "data/bss").glob("*.h5"):
         with h5py.File(path) as file:
-            need += 3 * sum(column.nbytes for column in file.values())
+            need += sum(column.nbytes for column in file.values())
     assert next(disk(project, params, free=need - 1)).state == "problem"
     assert next(disk(project, params, free=need)).state == "ok"
 

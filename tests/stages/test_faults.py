@@ -157,7 +157,8 @@ def killed_at_step(step):
 
         return call
 
-    for module, function in ((os, "replace"), (os, "rename"), (os, "fsync"), (shutil, "rmtree"), (os, "unlink")):
+    steps = ((os, "replace"), (os, "rename"), (os, "fsync"), (shutil, "rmtree"), (os, "unlink"), (os, "link"))
+    for module, function in steps:
         setattr(module, function, counted(getattr(module, function)))
 
 
