@@ -21,12 +21,13 @@ import numpy as np
 from pipeline.core.errors import PipelineError, shown
 from pipeline.core.files import local_path
 from pipeline.core.parameters import Params, load_params, read_yaml
+from pipeline.core.store import Store
 from pipeline.core.text import leaves
 from pipeline.core.timings import read_records
 from pipeline.images.prepared import read_prepared
 from pipeline.machine.processor import Limit, cores, processor, threads
 from pipeline.networks.pretrained import LIBRARY
-from pipeline.shards.format import columns_of
+from pipeline.shards.format import MANIFEST, SHARD_FILES, columns_of
 
 NEEDED = ("torch", "torchvision", "h5py", "numpy", "pydantic", "safetensors", "lightning-fabric", "altair")
 OPTIONAL = {
@@ -204,7 +205,7 @@ def dvc_lines(folder: Path, params_path: Path) -> Iterator[Line]:
         yield Line("problem", "DVC", f"{folder.resolve()} has no dvc.yaml: change to the project's folder")
         return
     problems = [*_repository(folder), *_paths(folder, params_path), *_links(folder, command)]
-    yield from problems or (*_cache(folder, command), *_status(folder, command))
+    yield from problems or (*_cache(folder, command), *_edited(folder), *_status(folder, command))
 
 
 def _repository(folder: Path) -> Iterator[Line]:
@@ -268,6 +269,20 @@ def _cache(folder: Path, command: str) -> Iterator[Line]:
             f"cache.type is {shown(kind) or 'not set'}: where the disk has no reflinks, DVC's cache takes as much room "
             f"again as all results: dvc config cache.type {LINKS}",
         )
+
+
+def _edited(folder: Path) -> Iterator[Line]:
+    """Say which published shards were changed in their place: DVC may restore them from its cache, changed."""
+    published, store = folder / "data/bss", Store(folder / ".work/shards")
+    try:
+        fingerprint = json.loads((published / MANIFEST).read_bytes())["fingerprint"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    for path in sorted(published.glob(SHARD_FILES)):
+        name = f"{fingerprint}/{path.name}"
+        if store.unchanged(name) is None and store.path(name).exists() and path.samefile(store.path(name)):
+            yield Line("note", "shards", f"{path} was changed since it was made: python -m stages.attack")
+            return
 
 
 def _status(folder: Path, command: str) -> Iterator[Line]:

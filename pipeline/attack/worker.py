@@ -62,6 +62,7 @@ def make_on_workers(
     Yields:
         a shard when it is in the store to stay, and whether it was made.
     """
+    absent = {block for block in blocks if not dataset.store.path(dataset.stored_name(block)).exists()}
     job = ShardJob(
         params=for_workers(params),
         train=train.absolute(),
@@ -69,7 +70,8 @@ def make_on_workers(
         store=dataset.store.root.absolute(),
         fingerprint=dataset.fingerprint,
     )
-    yield from on_workers(client, partial(make_shard, job), blocks, say)
+    for block, made in on_workers(client, partial(make_shard, job), blocks, say):
+        yield block, made or block in absent  # a worker may have made it, and died before it could tell
 
 
 def make_shard(job: ShardJob, block: Block) -> tuple[Block, bool]:

@@ -63,6 +63,8 @@ class Record(NamedTuple):
     """What is known of a stored file, and by what it is known again."""
 
     sha256: str
+    name: str
+    """By which it was stored."""
     size: int
     """Bytes."""
     mtime_ns: int
@@ -94,7 +96,10 @@ class Store:
         with contextlib.suppress(OSError, ValueError, TypeError):
             digest, _, known = _record_path(path).read_text(encoding="utf-8").partition("\n")
             record = Record(digest, **json.loads(known))
-            if record == _seen(path, digest, record.facts) and record.mtime_ns < _record_path(path).stat().st_mtime_ns:
+            if (
+                record == self._seen(name, digest, record.facts)
+                and record.mtime_ns < _record_path(path).stat().st_mtime_ns
+            ):
                 return record
         return None
 
@@ -124,9 +129,14 @@ class Store:
     def seal(self, name: str, facts: dict[str, Any] | None = None) -> Path:
         """Declare the file at `path(name)` finished; record its digest, and facts of it, which are JSON."""
         path = self.path(name)
-        seen = _seen(path, "", facts or {})  # first: a change while it is digested is one
+        seen = self._seen(name, "", facts or {})  # first: a change while it is digested is one
         _write_record(path, seen._replace(sha256=file_digest(path)))
         return path
+
+    def _seen(self, name: str, digest: str, facts: dict[str, Any]) -> Record:
+        """Return the record of a file as it is now."""
+        found = self.path(name).stat()
+        return Record(digest, name, found.st_size, found.st_mtime_ns, found.st_ino, facts)
 
     def _digested(self, name: str) -> Record | None:
         """Return what is seen of a file whose digest fits, without facts, or None."""
@@ -136,7 +146,7 @@ class Store:
             return None  # absent, or not finished: whoever makes it replaces what is there
         with contextlib.suppress(OSError):
             if path.is_file() and recorded.is_file():
-                seen = _seen(path, recorded.read_bytes().partition(b"\n")[0].decode("ascii", "replace"), {})
+                seen = self._seen(name, recorded.read_bytes().partition(b"\n")[0].decode("ascii", "replace"), {})
                 if file_digest(path) == seen.sha256:
                     return seen
         _distrust(path)
@@ -168,15 +178,9 @@ def _record_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _seen(path: Path, digest: str, facts: dict[str, Any]) -> Record:
-    """Return the record of a file as it is now, of a digest."""
-    found = path.stat()
-    return Record(digest, found.st_size, found.st_mtime_ns, found.st_ino, facts)
-
-
 def _write_record(path: Path, record: Record) -> None:
     """Write the record of a file beside it: a line with the digest, and one of JSON with all else."""
-    known = {name: value for name, value in record._asdict().items() if name != "sha256"}
+    known = {field: value for field, value in record._asdict().items() if field != "sha256"}
     write_atomically(_record_path(path), f"{record.sha256}\n{json.dumps(known, sort_keys=True)}\n")
 
 

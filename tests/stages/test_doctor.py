@@ -125,6 +125,7 @@ def checkout(folder):
     folder.mkdir()
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
     (folder / "data/code").mkdir(parents=True)
     (folder / "dvc.yaml").write_text(STAGE)
     write_params(folder / "params.yaml", {"dataset.path": "."})
@@ -260,6 +261,21 @@ def test_what_does_not_hinder_dvc_is_no_problem(tmp_path, change):
     ended = run_here(folder, "dvc", "repro")
     assert ended.returncode == 0, ended.stderr
     assert (folder / "data/made").read_text() == "done"
+
+
+@pytest.mark.parametrize("kind", [None, "copy", "reflink,copy"])
+def test_a_cache_that_keeps_a_copy_of_its_own_is_noted(tmp_path, kind):
+    folder = checkout(tmp_path / "project")
+    setting = ["--unset", "cache.type"] if kind is None else ["cache.type", kind]
+    assert run_here(folder, "dvc", "config", *setting).returncode == 0
+    found = run_here(folder, "stages.doctor", "--dvc")
+    assert found.returncode == 0
+    (line,) = found.stdout.splitlines()
+    assert line.startswith(f"note     DVC               cache.type is {kind or 'not set'}: ")
+    advice = line.rpartition(": ")[2].split()
+    assert advice[0] == "dvc"
+    assert run_here(folder, *advice).returncode == 0
+    assert run_here(folder, "stages.doctor", "--dvc").stdout == ""
 
 
 def test_what_dvc_would_run_is_told(tmp_path):
