@@ -396,9 +396,10 @@ def stored_beside_published(dataset, directory):
 
 
 @pytest.fixture
-def linked(tmp_path, train):
+def linked(tmp_path, made, train):
     """A folder with a finished dataset, whose published shards are the stored ones."""
-    dataset = sample_dataset(tmp_path, train)
+    shutil.copy(made / "teacher.safetensors", tmp_path)
+    dataset = dataset_in(tmp_path, train)
     make_missing(dataset, tmp_path)
     dataset.publish(tmp_path / "bss")
     return tmp_path
