@@ -21,13 +21,13 @@ import numpy as np
 from pipeline.core.errors import PipelineError, shown
 from pipeline.core.files import local_path
 from pipeline.core.parameters import Params, load_params, read_yaml
-from pipeline.core.store import COPIES
+from pipeline.core.store import Store
 from pipeline.core.text import leaves
 from pipeline.core.timings import read_records
 from pipeline.images.prepared import read_prepared
 from pipeline.machine.processor import Limit, cores, processor, threads
 from pipeline.networks.pretrained import LIBRARY
-from pipeline.shards.format import columns_of
+from pipeline.shards.format import MANIFEST, SHARD_FILES, columns_of
 
 NEEDED = ("torch", "torchvision", "h5py", "numpy", "pydantic", "safetensors", "lightning-fabric", "altair")
 OPTIONAL = {
@@ -41,6 +41,7 @@ OPTIONAL = {
 DVC_SECONDS = 60
 NO_GIT = "is not a git repository"  # in what DVC says
 NO_SCM = "dvc config --local core.no_scm true"
+LINKS = "hardlink,reflink,copy"  # cache.type, by which DVC's cache shares the files of results
 INIT = "git init && dvc init (without git: dvc init --no-scm)"
 
 
@@ -159,8 +160,8 @@ def disk(folder: Path, params: Params, free: int | None = None) -> Iterator[Line
         *sizes, attack.targets, attack.embed_images, params.views, train.images.shape[2:], attack.logits
     )
     row = sum(prod(column.shape) * np.dtype(column.dtype).itemsize for column in columns.values())
-    need = COPIES * row * len(train.labels) * attack.views
-    text = f"{free / 1e9:,.1f} GB free, {need / 1e9:,.2f} GB for {COPIES} copies of the samples"
+    need = row * len(train.labels) * attack.views
+    text = f"{free / 1e9:,.1f} GB free, {need / 1e9:,.2f} GB for the samples"
     if need > free:
         text += ": free some, lower attack.views, or set attack.embed_images: false"
     yield Line("problem" if need > free else "ok", "disk", text)
@@ -204,7 +205,7 @@ def dvc_lines(folder: Path, params_path: Path) -> Iterator[Line]:
         yield Line("problem", "DVC", f"{folder.resolve()} has no dvc.yaml: change to the project's folder")
         return
     problems = [*_repository(folder), *_paths(folder, params_path), *_links(folder, command)]
-    yield from problems or _status(folder, command)
+    yield from problems or (*_cache(folder, command), *_edited(folder), *_status(folder, command))
 
 
 def _repository(folder: Path) -> Iterator[Line]:
@@ -258,6 +259,32 @@ def _links(folder: Path, command: str) -> Iterator[Line]:
             )
 
 
+def _cache(folder: Path, command: str) -> Iterator[Line]:
+    """Say where DVC's cache keeps a copy of its own of what the pipeline makes."""
+    kind = _dvc_says(folder, command, "config", "cache.type").stdout.decode().strip()
+    if kind.partition(",")[0] not in ("hardlink", "symlink"):
+        yield Line(
+            "note",
+            "DVC",
+            f"cache.type is {shown(kind) or 'not set'}: where the disk has no reflinks, DVC's cache takes as much room "
+            f"again as all results: dvc config cache.type {LINKS}",
+        )
+
+
+def _edited(folder: Path) -> Iterator[Line]:
+    """Say which published shards were changed in their place: DVC may restore them from its cache, changed."""
+    published, store = folder / "data/bss", Store(folder / ".work/shards")
+    try:
+        fingerprint = json.loads((published / MANIFEST).read_bytes())["fingerprint"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    for path in sorted(published.glob(SHARD_FILES)):
+        name = f"{fingerprint}/{path.name}"
+        if store.unchanged(name) is None and store.path(name).exists() and path.samefile(store.path(name)):
+            yield Line("note", "shards", f"{path} was changed since it was made: python -m stages.attack")
+            return
+
+
 def _status(folder: Path, command: str) -> Iterator[Line]:
     """Say what `dvc status` says of the stages."""
     try:
@@ -274,7 +301,7 @@ def _status(folder: Path, command: str) -> Iterator[Line]:
             yield Line("problem", "DVC", f"`dvc status` fails: {reason}")
     else:
         changed = ", ".join(name.removeprefix("dvc.yaml:") for name in stages)
-        yield Line("note", "DVC", f"to run: {changed}: dvc repro") if stages else Line("ok", "DVC", "all is up to date")
+        yield Line("ok", "DVC", f"to run: {changed}: dvc repro") if stages else Line("ok", "DVC", "all is up to date")
 
 
 def _dvc_says(folder: Path, command: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:

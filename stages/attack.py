@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -10,13 +11,14 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
+from pipeline.attack.columns import Block
 from pipeline.attack.dataset import SampleDataset, make_samples
 from pipeline.attack.plan import Plan, plan_attack
 from pipeline.attack.worker import make_on_workers
 from pipeline.core.errors import ParameterError
 from pipeline.core.files import check_replaceable
 from pipeline.core.parameters import load_params
-from pipeline.core.store import COPIES, Store, lock
+from pipeline.core.store import Store, lock
 from pipeline.images.prepared import read_prepared
 from pipeline.machine.cluster import connected
 from pipeline.machine.device import search_batch, set_up_device, side_by_side
@@ -72,33 +74,41 @@ def main(
     dataset = SampleDataset.of(train, params, loaded, Store(WORK / "shards"))
     check_replaceable(out, *DATASET_FILES, beside=CARD_FILES)
     with lock(WORK / "shards.lock", say), ExitStack() as stack:
-        missing = dataset.missing()
+        missing = dataset.missing() if scheduler is None else dataset.unsure()  # workers find out about these
         if missing or only_plan:
             warn(examined(loaded.model, train.thinned(TEACHER_CHECK), device).warning)
         if only_plan:
             search = search_of(loaded.model, params.search, search_batch(params.runtime, device), device)
             _say_plan(plan_attack(dataset, search), dataset, out, device.type, side_by_side(params.runtime, device))
             return
-        if missing:
-            if scheduler is not None:
-                client = stack.enter_context(connected(scheduler, params.runtime, say))
-                made = make_on_workers(client, params, prepared / "train.h5", teacher, dataset, missing, say)
-            else:
-                made = make_samples(dataset, loaded.model, params, missing)
-            views = sum(block.rows for block in missing)
-            description = f"attack, {len(missing)} shards"
-            with tqdm(total=views, desc=description, unit="view", unit_scale=True, disable=None) as bar:
-                for block in made:
-                    bar.update(block.rows)
+        made: Iterable[tuple[Block, bool]] = ()
+        if missing and scheduler is not None:
+            client = stack.enter_context(connected(scheduler, params.runtime, say))
+            made = make_on_workers(client, params, prepared / "train.h5", teacher, dataset, missing, say)
+        elif missing:
+            made = ((block, True) for block in make_samples(dataset, loaded.model, params, missing))
+        computed = _follow(made, missing)
         manifest = dataset.publish(out, params.card)
         if prune:
             say(f"removed {dataset.prune()} other shards from {WORK / 'shards'}")
     totals = manifest.totals
     line = (
-        f"wrote {out}: {totals.shards} shards ({len(missing)} computed, {totals.shards - len(missing)} reused), "
+        f"wrote {out}: {totals.shards} shards ({computed} computed, {totals.shards - computed} reused), "
         f"{_found(totals)}, {totals.bytes / 1e6:.1f} MB"
     )
-    done("attack", line, begin, bool(missing))
+    done("attack", line, begin, bool(computed))
+
+
+def _follow(made: Iterable[tuple[Block, bool]], missing: list[Block]) -> int:
+    """Show progress over the rows of shards; returns how many were made."""
+    if not missing:
+        return 0
+    computed, rows = 0, sum(block.rows for block in missing)
+    with tqdm(total=rows, desc=f"attack, {len(missing)} shards", unit="view", unit_scale=True, disable=None) as bar:
+        for block, new in made:
+            bar.update(block.rows)
+            computed += new
+    return computed
 
 
 def _found(totals: Totals) -> str:
@@ -110,7 +120,7 @@ def _found(totals: Totals) -> str:
 
 
 def _say_plan(plan: Plan, dataset: SampleDataset, out: Path, device: str, workers: int) -> None:
-    attack, copies = dataset.attack, COPIES
+    attack = dataset.attack
     verb = "search" if attack.targets else "make"
     seconds = round(plan.views / plan.rate / workers)
     for name, text in (
@@ -122,8 +132,8 @@ def _say_plan(plan: Plan, dataset: SampleDataset, out: Path, device: str, worker
         ),
         (
             "bytes",
-            f"{plan.bytes / 1e6:,.1f} MB a copy; {WORK / 'shards'}, {out} and DVC's cache hold {copies} copies, "
-            f"{copies * plan.bytes / 1e6:,.1f} MB, unless the disk shares them; {plan.free / 1e6:,.0f} MB are free",
+            f"{plan.bytes / 1e6:,.1f} MB, which {WORK / 'shards'}, {out} and DVC's cache share on one disk; "
+            f"{plan.free / 1e6:,.0f} MB are free",
         ),
         (
             "time",

@@ -26,7 +26,7 @@ def main(params_path: Path, only_dvc: bool) -> None:
     """
     problems = 0
     for line in dvc_lines(Path(), params_path) if only_dvc else examine(Path(), params_path):
-        if not only_dvc or line.state == "problem":
+        if not only_dvc or line.state != "ok":
             click.echo(f"{line.state:<9}{line.topic:<18}{line.text}")
         problems += line.state == "problem"
     if problems or not only_dvc:

@@ -155,7 +155,10 @@ def dataset_of(folder, rows_per_shard=8, name="newton"):
 
 
 def columns_in(dataset):
-    return [read_columns(dataset.stored(block), ["status", "target", "distance", "image"]) for block in dataset.blocks]
+    return [
+        read_columns(dataset.store.path(dataset.stored_name(block)), ["status", "target", "distance", "image"])
+        for block in dataset.blocks
+    ]
 
 
 def searching_on(device, name="newton"):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.attack.columns import Block, joint_values, shard_values
 from pipeline.core.errors import ParameterError, ShardError
 from pipeline.core.extensions import own_modules
-from pipeline.core.files import atomic_directory, copy_file, write_atomically
+from pipeline.core.files import atomic_directory, link_file, write_atomically
 from pipeline.core.parameters import Attack, Card, Params, Views
 from pipeline.core.provenance import code_digest, fingerprint
 from pipeline.core.store import Store
@@ -27,14 +27,21 @@ from pipeline.machine.forks import interrupts_wait, run_in_forks
 from pipeline.networks.classifier import Classifier
 from pipeline.networks.loading import Loaded
 from pipeline.networks.penultimate import penultimate_size
-from pipeline.publish.adopt import stored_name
+from pipeline.publish.adopt import facts_of, stored_name
 from pipeline.publish.card import CARD_FILES, DATASET_FILES, EMPTY_CARD, write_card
 from pipeline.publish.writer import write_shard
 from pipeline.search.table import module_of, search_of
 from pipeline.search.teacher_search import TeacherSearch
-from pipeline.shards.check import is_shard
 from pipeline.shards.file import read_columns
-from pipeline.shards.format import MANIFEST, Column, attributes_of, columns_of, count_statuses, version_of
+from pipeline.shards.format import (
+    MANIFEST,
+    Column,
+    attributes_of,
+    columns_of,
+    count_statuses,
+    shard_name,
+    version_of,
+)
 from pipeline.shards.manifest import Augmentation, Digests, Manifest, ShardEntry, manifest_text, totals_of
 
 Result = TypeVar("Result")
@@ -127,17 +134,47 @@ class SampleDataset:
     def stored_name(self, block: Block) -> str:
         return stored_name(self.fingerprint, block.view, block.number)
 
-    def missing(self) -> list[Block]:
-        """Return the shards that the store lacks or has damaged; clear up after killed runs."""
-        self.store.sweep(self.fingerprint)
-        stored = _side_by_side(self.stored, self.blocks)
-        return [block for block, path in zip(self.blocks, stored, strict=True) if path is None]
+    def unsure(self) -> list[Block]:
+        """Return the shards that the store lacks, or that may have changed since; clear up after killed runs.
 
-    def stored(self, block: Block) -> Path | None:
-        """Return the path of a finished shard in the store; None if there is none, or another one has its name."""
-        path = self.store.find(self.stored_name(block))
+        No shard is read.
+        """
+        self.store.sweep(self.fingerprint)
+        return self._blocks_without(self.blocks, lambda block: self.store.unchanged(self.stored_name(block)))
+
+    def missing(self) -> list[Block]:
+        """Return the shards that the store lacks or has damaged; clear up after killed runs.
+
+        Of those that may have changed since they were recorded, the digest decides.
+        """
+        return self._blocks_without(self.unsure(), self.entry)
+
+    def _blocks_without(self, blocks: list[Block], find: Callable[[Block], object | None]) -> list[Block]:
+        return [block for block, found in zip(blocks, _side_by_side(find, blocks), strict=True) if found is None]
+
+    def entry(self, block: Block) -> ShardEntry | None:
+        """Return the manifest's row for a shard in the store; None if there is none, or another one has its name.
+
+        It follows from the shard's record; a shard that may have changed since is digested, and its record renewed.
+        """
+        name = self.stored_name(block)
+        record = self.store.unchanged(name) or self.store.renewed(name, partial(self._facts, block))
+        if record is None:
+            return None
+        return ShardEntry(
+            name=shard_name(block.view, block.number),
+            view=block.view,
+            block=block.number,
+            rows=block.rows,
+            bytes=record.size,
+            sha256=record.sha256,
+            statuses=record.facts["statuses"],
+        )
+
+    def _facts(self, block: Block, path: Path) -> dict[str, Any]:
+        """Return what the store records of a shard; raises ShardError where another one has its name."""
         attributes = attributes_of(version_of(self.columns), self.fingerprint, block.view, block.number)
-        return path if path and is_shard(path, attributes) else None
+        return facts_of(count_statuses(read_columns(path, {"status"} & self.columns.keys(), attributes)))
 
     def make(self, search: TeacherSearch, blocks: list[Block], workers: int = 1) -> Iterator[Block]:
         """Make shards in the store; yields each when it is there to stay.
@@ -190,9 +227,11 @@ class SampleDataset:
         return shard_values(search, self.train, block, self.views, self.attack)
 
     def keep(self, block: Block, values: dict[str, NDArray[Any]]) -> None:
-        """Write a shard's columns into the store, to stay."""
-        self.write(self.store.path(self.stored_name(block)), block, values)
-        self.store.seal(self.stored_name(block))
+        """Write a shard's columns into the store, to stay, with its record, from which it is published."""
+        name = self.stored_name(block)
+        path = self.store.path(name)
+        self.write(path, block, values)
+        self.store.seal(name, self._facts(block, path))
         return_freed_memory()
 
     def write(self, path: Path, block: Block, values: dict[str, NDArray[Any]]) -> None:
@@ -232,7 +271,7 @@ class SampleDataset:
         )
 
     def publish(self, directory: Path, card: Card = EMPTY_CARD) -> Manifest:
-        """Gather the shards of this dataset into a directory, with its card, the manifest last; replaces what is there.
+        """Link the shards of this dataset into a directory, with its card, the manifest last; replaces what is there.
 
         Raises:
             ShardError: the store lacks a shard.
@@ -245,21 +284,12 @@ class SampleDataset:
         return manifest
 
     def _publish_one(self, directory: Path, block: Block) -> ShardEntry:
-        """Copy a shard into a directory; returns the manifest's row for it."""
-        name = self.stored_name(block)
-        source = self.stored(block)
-        if source is None:
-            raise ShardError(f"{self.store.path(name)}: missing, run the attack again")
-        copy_file(source, directory / source.name)
-        return ShardEntry(
-            name=source.name,
-            view=block.view,
-            block=block.number,
-            rows=block.rows,
-            bytes=source.stat().st_size,
-            sha256=self.store.digest(name),
-            statuses=count_statuses(read_columns(source, {"status"} & self.columns.keys())),
-        )
+        """Link a shard into a directory; returns the manifest's row for it."""
+        path, entry = self.store.path(self.stored_name(block)), self.entry(block)
+        if entry is None:
+            raise ShardError(f"{path}: missing, run the attack again")
+        link_file(path, directory / entry.name)
+        return entry
 
 
 def shards_at_once(search: TeacherSearch, attack: Attack, train: Prepared) -> int:
@@ -301,7 +331,7 @@ def make_samples(dataset: SampleDataset, teacher: Classifier, params: Params, bl
 
 
 def _side_by_side(function: Callable[[Block], Result], blocks: list[Block]) -> list[Result]:
-    """Return results of a function that waits for files, or digests them, of all blocks: in threads."""
+    """Return results of a function that waits for files, or digests them, of some blocks: in threads."""
     with ThreadPoolExecutor() as pool:
         try:
             with interrupts_wait():  # one that comes between two locks of the pool would leave its threads waiting

@@ -36,14 +36,14 @@ class Plan:
 def plan_attack(dataset: SampleDataset, search: TeacherSearch) -> Plan:
     """Count what a dataset lacks, and measure the search on a few views, which are not kept."""
     missing = set(dataset.missing())
-    stored = [path for block in dataset.blocks if block not in missing and (path := dataset.stored(block))]
+    stored = [entry for block in dataset.blocks if block not in missing and (entry := dataset.entry(block))]
     views = sum(block.rows for block in missing)
     rate, row_bytes = _measure(dataset, search)
     return Plan(
         shards=len(dataset.blocks),
         missing=len(missing),
         views=views,
-        bytes=sum(path.stat().st_size for path in stored) + round(views * row_bytes),
+        bytes=sum(entry.bytes for entry in stored) + round(views * row_bytes),
         free=shutil.disk_usage(existing_parent(dataset.store.root / "any")).free,
         rate=rate,
     )

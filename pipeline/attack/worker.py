@@ -47,8 +47,22 @@ def make_on_workers(
     dataset: SampleDataset,
     blocks: list[Block],
     say: Callable[[str], None],
-) -> Iterator[Block]:
-    """Make shards as `SampleDataset.make` does, on the workers of a cluster: the same bytes, in any order."""
+) -> Iterator[tuple[Block, bool]]:
+    """Make shards as `SampleDataset.make` does, on the workers of a cluster: the same bytes, in any order.
+
+    Args:
+        client: of the cluster.
+        params: all of them.
+        train: the prepared training split.
+        teacher: its weights.
+        dataset: whose shards they are.
+        blocks: which shards; of those that the store has, workers digest what may have changed.
+        say: is told when the cluster has no workers.
+
+    Yields:
+        a shard when it is in the store to stay, and whether it was made.
+    """
+    absent = {block for block in blocks if not dataset.store.path(dataset.stored_name(block)).exists()}
     job = ShardJob(
         params=for_workers(params),
         train=train.absolute(),
@@ -56,19 +70,21 @@ def make_on_workers(
         store=dataset.store.root.absolute(),
         fingerprint=dataset.fingerprint,
     )
-    yield from on_workers(client, partial(make_shard, job), blocks, say)
+    for block, made in on_workers(client, partial(make_shard, job), blocks, say):
+        yield block, made or block in absent  # a worker may have made it, and died before it could tell
 
 
-def make_shard(job: ShardJob, block: Block) -> Block:
-    """Make one shard, on a worker.
+def make_shard(job: ShardJob, block: Block) -> tuple[Block, bool]:
+    """Make one shard, on a worker, unless the store has it; returns whether it was made.
 
     Raises:
         WorkerError: the worker has other files or other code than the client.
     """
     dataset, search = _loaded(job)
-    if dataset.stored(block) is None:  # else a worker made it, and died before it could tell
+    lacks = dataset.entry(block) is None
+    if lacks:
         list(dataset.make(search, [block]))
-    return block
+    return block, lacks
 
 
 @lru_cache(maxsize=1)

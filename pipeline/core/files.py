@@ -238,6 +238,27 @@ def copy_file(source: Path, target: Path) -> None:
             shutil.copyfileobj(reader, writer, 1 << 20)
 
 
+def link_file(source: Path, target: Path) -> None:
+    """Give a file that nobody changes in its place a second name, or copy it where the file systems cannot.
+
+    Both names are of one file, which takes its bytes once; a copy shares its blocks where it can.
+
+    Args:
+        source: the file, or a link to it.
+        target: the new name; a file that has it is replaced.
+
+    Raises:
+        StoreError: the source cannot be read, or the target cannot be written.
+    """
+    with _write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another device, no permission, too many links, a file system without any
+        copy_file(source, target)
+
+
 def file_digest(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:

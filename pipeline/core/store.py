@@ -2,23 +2,26 @@
 
 The store (`.work/`) keeps finished pieces of long work by fingerprint: DVC deletes a stage's outputs before it runs
 the stage, so what a stage wants to find again must be somewhere else. Nothing in the store is trusted without its
-digest.
+digest, or a record that the file is the one that was digested.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from pipeline.core.errors import PipelineError
 from pipeline.core.files import _remove, _write_errors, file_digest, write_atomically
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # of network file systems
-COPIES = 3  # of published shards: in the store, in their folder, in DVC's cache, unless the disk shares them
 
 
 @contextlib.contextmanager
@@ -56,8 +59,22 @@ def lock(path: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
         file_lock.release()
 
 
+class Record(NamedTuple):
+    """What is known of a stored file, and by what it is known again."""
+
+    sha256: str
+    name: str
+    """By which it was stored."""
+    size: int
+    """Bytes."""
+    mtime_ns: int
+    inode: int
+    facts: dict[str, Any]
+    """What its owner wants to know without reading the file."""
+
+
 class Store:
-    """Finished files by name, each with its sha256 beside it.
+    """Finished files by name, each with a record beside it: its sha256, and by what the file is known again.
 
     `name` is a relative path that starts with a fingerprint, so a file is found only by those who ask for the same
     content. A file whose digest does not fit is removed and counts as absent.
@@ -69,27 +86,72 @@ class Store:
     def path(self, name: str) -> Path:
         return self.root / name
 
+    def unchanged(self, name: str) -> Record | None:
+        """Return the record of a stored file of the recorded size, time and inode, or None; its bytes are not read.
+
+        A file that was written within the tick of the clock in which its record was may have changed after that, and is
+        not taken as unchanged.
+        """
+        path = self.path(name)
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            digest, _, known = _record_path(path).read_text(encoding="utf-8").partition("\n")
+            record = Record(digest, **json.loads(known))
+            if (
+                record == self._seen(name, digest, record.facts)
+                and record.mtime_ns < _record_path(path).stat().st_mtime_ns
+            ):
+                return record
+        return None
+
     def find(self, name: str) -> Path | None:
         """Return the path of a stored file whose digest fits, or None."""
+        return self.path(name) if self._digested(name) else None
+
+    def renewed(self, name: str, facts_of: Callable[[Path], dict[str, Any]]) -> Record | None:
+        """Return the record of a stored file whose digest fits, made anew, or None.
+
+        Args:
+            name: of the file.
+            facts_of: returns the facts to record of it, which are JSON; raises a PipelineError of a file that is not
+                what its name says, which then counts as absent.
+        """
+        record = self._digested(name)
+        if record is None:
+            return None
+        try:
+            record = record._replace(facts=facts_of(self.path(name)))
+        except PipelineError:
+            _forget(self.path(name))
+            return None
+        _write_record(self.path(name), record)
+        return record
+
+    def seal(self, name: str, facts: dict[str, Any] | None = None) -> Path:
+        """Declare the file at `path(name)` finished; record its digest, and facts of it, which are JSON."""
         path = self.path(name)
-        recorded = _digest_path(path)
+        seen = self._seen(name, "", facts or {})  # first: a change while it is digested is one
+        _write_record(path, seen._replace(sha256=file_digest(path)))
+        return path
+
+    def _seen(self, name: str, digest: str, facts: dict[str, Any]) -> Record:
+        """Return the record of a file as it is now."""
+        found = self.path(name).stat()
+        return Record(digest, name, found.st_size, found.st_mtime_ns, found.st_ino, facts)
+
+    def _digested(self, name: str) -> Record | None:
+        """Return what is seen of a file whose digest fits, without facts, or None."""
+        path = self.path(name)
+        recorded = _record_path(path)
         if not path.is_dir() and not (path.exists() and recorded.exists()):
             return None  # absent, or not finished: whoever makes it replaces what is there
         with contextlib.suppress(OSError):
-            if path.is_file() and recorded.is_file() and recorded.read_bytes() == file_digest(path).encode():
-                return path
+            if path.is_file() and recorded.is_file():
+                seen = self._seen(name, recorded.read_bytes().partition(b"\n")[0].decode("ascii", "replace"), {})
+                if file_digest(path) == seen.sha256:
+                    return seen
+        _distrust(path)
         _forget(path)
         return None
-
-    def digest(self, name: str) -> str:
-        """Return the sha256 that was recorded of a stored file."""
-        return _digest_path(self.path(name)).read_text(encoding="utf-8")
-
-    def seal(self, name: str) -> Path:
-        """Declare the file at `path(name)` finished."""
-        path = self.path(name)
-        write_atomically(_digest_path(path), file_digest(path))
-        return path
 
     def sweep(self, folder: str) -> None:
         """Remove what killed processes left of files that they were writing into a folder of the store.
@@ -112,11 +174,24 @@ class Store:
         return len(unwanted)
 
 
-def _digest_path(path: Path) -> Path:
+def _record_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
+
+
+def _write_record(path: Path, record: Record) -> None:
+    """Write the record of a file beside it: a line with the digest, and one of JSON with all else."""
+    known = {field: value for field, value in record._asdict().items() if field != "sha256"}
+    write_atomically(_record_path(path), f"{record.sha256}\n{json.dumps(known, sort_keys=True)}\n")
+
+
+def _distrust(path: Path) -> None:
+    """Let DVC's cache, which may have a damaged file by another name, digest it: what nobody may write, it trusts."""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            path.chmod(path.stat().st_mode | stat.S_IWUSR)
 
 
 def _forget(path: Path) -> None:
     with _write_errors(path):
         _remove(path)
-        _remove(_digest_path(path))
+        _remove(_record_path(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import ShardError, shown
 from pipeline.core.status import Status
-from pipeline.shards.file import ChunkCache, ShardFile, open_shard
+from pipeline.shards.file import ChunkCache, ShardFile
 from pipeline.shards.folder import Folder, LocalFolder, as_folder, digest_of
 from pipeline.shards.format import attributes_of, count_statuses
 from pipeline.shards.manifest import Manifest, ShardEntry
@@ -202,15 +201,6 @@ def find_problems(directory: Path | Folder, manifest: Manifest) -> list[str]:
         others = sorted(path for path in folder.path.glob("*.h5") if path.name not in listed)
         problems += [f"{folder}/{shown(path.name)}: not in the manifest" for path in others]
     return problems
-
-
-def is_shard(path: Path, attributes: Mapping[str, Any]) -> bool:
-    """Return whether a file says of itself, by its attributes, that it is a certain shard."""
-    try:
-        with open_shard(LocalFolder(path.parent), path.name, [], attributes):
-            return True
-    except ShardError:
-        return False
 
 
 def check_same_data(directory: Path, manifest: Manifest, train: str, prepared: Path) -> None:

@@ -140,7 +140,8 @@ def columns_in_order(manifest: Manifest) -> dict[str, Column]:
 def totals_of(shards: list[ShardEntry], targets: int) -> Totals:
     """Sum up the shards of a manifest."""
     rows = sum(shard.rows for shard in shards)
-    statuses = {s.name.lower(): sum(shard.statuses.get(s.name.lower(), 0) for shard in shards) for s in Status}
+    names = [status.name.lower() for status in Status]
+    statuses = {name: sum([shard.statuses.get(name, 0) for shard in shards]) for name in names}
     return Totals(
         shards=len(shards),
         rows=rows,
@@ -215,7 +216,7 @@ def _refuse_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_writable(manifest: Manifest, path: str) -> None:
     """Refuse what JSON can say, but no file of ours: numbers that overflow, halves of characters, endless nesting."""
     try:
-        manifest_text(manifest)
+        manifest_text(manifest.model_copy(update={"shards": []}))  # indenting is slow, and shards nest no deeper
         json.dumps(manifest.model_dump(), ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{path}: holds what cannot be written again ({error})") from None

@@ -1,5 +1,6 @@
 """Shards: writing, reading, making, publishing, checking and adopting them."""
 
+import errno
 import json
 import os
 import pickle
@@ -388,6 +389,108 @@ def test_a_damaged_shard_of_the_store_is_made_again_alone(copy, train, damage):
     assert published(copy) == before
 
 
+def stored_beside_published(dataset, directory):
+    """(path in the store, path in the directory) of every shard."""
+    paths = [dataset.store.path(dataset.stored_name(block)) for block in dataset.blocks]
+    return [(path, directory / path.name) for path in paths]
+
+
+@pytest.fixture
+def linked(tmp_path, made, train):
+    """A folder with a finished dataset, whose published shards are the stored ones."""
+    shutil.copy(made / "teacher.safetensors", tmp_path)
+    dataset = dataset_in(tmp_path, train)
+    make_missing(dataset, tmp_path)
+    dataset.publish(tmp_path / "bss")
+    return tmp_path
+
+
+def test_published_shards_are_the_stored_files(linked, train):
+    dataset = dataset_in(linked, train)
+    assert all(stored.samefile(published) for stored, published in stored_beside_published(dataset, linked / "bss"))
+
+
+def test_what_was_published_is_found_and_published_again_without_being_read(linked, train, monkeypatch):
+    dataset = dataset_in(linked, train)
+    before = published(linked)
+    for module, function in (("pipeline.core.store", "file_digest"), ("pipeline.attack.dataset", "read_columns")):
+        monkeypatch.setattr(f"{module}.{function}", lambda *arguments: pytest.fail("was read"))
+    assert dataset.unsure() == dataset.missing() == []
+    dataset.publish(linked / "bss")
+    assert published(linked) == before
+
+
+@pytest.mark.parametrize("change", ["edited", "edited, then read-only", "cut", "written over"])
+def test_a_shard_that_is_changed_in_its_published_place_is_made_again_alone(linked, train, change):
+    dataset = dataset_in(linked, train)
+    before, path = published(linked), linked / "bss" / NAME
+    if change == "cut":
+        truncate(path)
+    elif change == "written over":
+        shutil.copy(linked / "bss" / shard_name(0, 0), path)
+    else:
+        flip_bit(path, path.stat().st_size // 2)
+        path.chmod(0o444 if "read-only" in change else 0o644)
+    (block,) = [block for block in dataset.blocks if shard_name(block.view, block.number) == NAME]
+    assert dataset.unsure() == [block]
+    assert make_missing(dataset, linked) == [block]
+    dataset.publish(linked / "bss")
+    assert published(linked) == before
+
+
+def test_what_others_still_read_is_not_changed_when_a_shard_is_made_again(linked, train):
+    dataset = dataset_in(linked, train)
+    path = linked / "bss" / NAME
+    flip_bit(path, 3000)
+    edited = path.read_bytes()
+    with open(path, "rb") as reader:
+        make_missing(dataset, linked)
+        dataset.publish(linked / "bss")
+        assert reader.read() == edited
+    assert path.read_bytes() != edited
+
+
+def test_a_store_that_was_moved_is_digested_once_and_kept(copy, train, monkeypatch):
+    dataset = dataset_in(copy, train)
+    for block in dataset.blocks:
+        dataset.store.path(dataset.stored_name(block)).touch()
+    assert dataset.unsure() == dataset.blocks
+    assert dataset.missing() == []
+    monkeypatch.setattr("pipeline.core.store.file_digest", lambda path: pytest.fail("was read"))
+    assert dataset.missing() == []
+    dataset.publish(copy / "bss")
+
+
+def test_a_store_of_digests_alone_is_kept(copy, train):
+    dataset, before = dataset_in(copy, train), published(copy)
+    for block in dataset.blocks:
+        path = dataset.store.path(dataset.stored_name(block))
+        path.with_name(path.name + ".sha256").write_text(file_digest(path))
+    assert dataset.missing() == []
+    dataset.publish(copy / "bss")
+    assert published(copy) == before
+
+
+def test_a_shard_of_another_dataset_with_its_record_is_made_again(linked, train):
+    dataset = dataset_in(linked, train)
+    other = dataset_in(linked, train, {"attack.seed": 6})
+    make_missing(other, linked)
+    (dataset.store.root / dataset.fingerprint).rename(linked / "aside")
+    (dataset.store.root / other.fingerprint).rename(dataset.store.root / dataset.fingerprint)
+    assert dataset.missing() == dataset.blocks
+
+
+def test_where_nothing_can_be_linked_shards_are_copied(linked, train, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.EXDEV, "another device")
+
+    dataset, before = dataset_in(linked, train), published(linked)
+    monkeypatch.setattr(os, "link", refuse)
+    dataset.publish(linked / "bss")
+    assert published(linked) == before
+    assert not any(stored.samefile(shard) for stored, shard in stored_beside_published(dataset, linked / "bss"))
+
+
 def test_publishing_without_a_shard_keeps_what_is_published(copy, train):
     dataset = dataset_in(copy, train)
     before = contents(copy / "bss")
@@ -671,6 +774,7 @@ def test_adopted_shards_need_not_be_made(tmp_path, made, train):
     assert len(dataset.missing()) == 6
     assert adopt_shards(made / "bss", manifest, dataset.store) == 6
     assert dataset.missing() == []
+    assert all(stored.samefile(shard) for stored, shard in stored_beside_published(dataset, made / "bss"))
     assert adopt_shards(made / "bss", manifest, dataset.store) == 0
     dataset.publish(tmp_path / "bss")
     assert published(tmp_path) == published(made)

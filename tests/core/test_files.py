@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,15 @@ import numpy as np
 import pytest
 
 from pipeline.core.errors import StoreError
-from pipeline.core.files import atomic_directory, atomic_path, copy_file, file_digest, write_atomically, write_json
+from pipeline.core.files import (
+    atomic_directory,
+    atomic_path,
+    copy_file,
+    file_digest,
+    link_file,
+    write_atomically,
+    write_json,
+)
 from pipeline.core.hdf5 import written_hdf5
 from pipeline.core.store import Store, lock
 from tests.support.files import ROOT, flip_bit, on_full_disk, truncate
@@ -200,6 +210,41 @@ def test_copies_are_whole_and_independent(tmp_path):
     assert (tmp_path / "deep/copy").read_bytes() != source.read_bytes()
 
 
+def test_a_link_is_the_same_file_and_takes_the_place_of_another(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "deep/target"
+    source.write_bytes(b"content")
+    link_file(source, target)
+    assert target.samefile(source)
+    other = tmp_path / "other"
+    other.write_bytes(b"other")
+    target.chmod(0o444)
+    link_file(other, target)
+    assert target.samefile(other)
+    assert source.read_bytes() == b"content"
+    (tmp_path / "symbolic").symlink_to(source)
+    link_file(tmp_path / "symbolic", target)
+    assert not target.is_symlink()
+    assert target.samefile(source)
+
+
+@pytest.mark.parametrize("reason", [errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP])
+def test_where_files_cannot_be_linked_they_are_copied(tmp_path, monkeypatch, reason):
+    def refuse(*arguments):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "source").write_bytes(b"content")
+    link_file(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == b"content"
+    assert not (tmp_path / "target").samefile(tmp_path / "source")
+
+
+def test_a_source_that_cannot_be_linked_or_read_is_named(tmp_path):
+    with pytest.raises(StoreError, match="source: cannot be read: No such file"):
+        link_file(tmp_path / "source", tmp_path / "target")
+    assert names(tmp_path) == []
+
+
 def test_file_digest_is_sha256(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"abc")
@@ -222,7 +267,7 @@ def test_store_finds_what_was_sealed(tmp_path):
 DAMAGES = {
     "bit flipped": lambda path: flip_bit(path, 3),
     "truncated": lambda path: truncate(path, 1),
-    "digest truncated": lambda path: truncate(path.with_name("file.sha256"), 1),
+    "digest truncated": lambda path: path.with_name("file.sha256").write_text(file_digest(path)[:-1]),
     "digest empty": lambda path: path.with_name("file.sha256").write_bytes(b""),
     "digest not text": lambda path: path.with_name("file.sha256").write_bytes(b"\xff\xfe"),
     "digest a folder": lambda path: (path.with_name("file.sha256").unlink(), path.with_name("file.sha256").mkdir()),
@@ -241,6 +286,92 @@ def test_store_removes_what_is_not_as_it_was_sealed(tmp_path, damage):
     assert store.find("key/file") is None
     assert names(path.parent) == []
     assert sealed(store, "key/file") == store.find("key/file")
+
+
+def sealed_before(store, name):
+    """A sealed file that was written well before its record."""
+    write_atomically(store.path(name), b"content")
+    os.utime(store.path(name), ns=(10**18, 10**18))
+    return store.seal(name, {"fact": 1})
+
+
+def test_a_file_is_known_again_without_being_read(tmp_path, monkeypatch):
+    store = Store(tmp_path / "store")
+    path = sealed_before(store, "key/file")
+    path.chmod(0o444)  # as DVC does
+    os.link(path, tmp_path / "second name")
+    monkeypatch.setattr("pipeline.core.store.file_digest", lambda path: pytest.fail("was read"))
+    record = store.unchanged("key/file")
+    assert record.sha256 == hashlib.sha256(b"content").hexdigest()
+    assert (record.size, record.facts) == (7, {"fact": 1})
+
+
+def written_within_the_tick(path):
+    time_ns = path.stat().st_mtime_ns
+    os.utime(path.with_name("file.sha256"), ns=(time_ns, time_ns))
+
+
+def replaced_at_the_same_time(path):
+    time_ns = path.stat().st_mtime_ns
+    write_atomically(path, b"CONTENT")
+    os.utime(path, ns=(time_ns, time_ns))
+
+
+CHANGES = {
+    "bit flipped": lambda path: flip_bit(path, 3),
+    "touched": lambda path: path.touch(),
+    "replaced at the same time": replaced_at_the_same_time,
+    "copied": lambda path: write_atomically(path, path.read_bytes()),
+    "longer": lambda path: path.write_bytes(b"content and more"),
+    "written within the tick of its record": written_within_the_tick,
+    "removed": Path.unlink,
+    "record of the digest alone": lambda path: path.with_name("file.sha256").write_text(file_digest(path)),
+    "record removed": lambda path: path.with_name("file.sha256").unlink(),
+    "record no JSON": lambda path: path.with_name("file.sha256").write_text(file_digest(path) + "\n{"),
+    "record of other JSON": lambda path: path.with_name("file.sha256").write_text(file_digest(path) + "\n[1]\n"),
+    "record of another file": lambda path: shutil.copy(
+        sealed_before(Store(path.parent.parent), "key/other").with_name("other.sha256"), path.with_name("file.sha256")
+    ),
+}
+SAME_CONTENT = {"touched", "copied", "written within the tick of its record", "record of the digest alone"}
+SAME_CONTENT |= {"record no JSON", "record of other JSON", "record of another file"}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_may_have_changed_is_digested_and_recorded_anew_or_forgotten(tmp_path, change):
+    store = Store(tmp_path / "store")
+    path = sealed_before(store, "key/file")
+    CHANGES[change](path)
+    assert store.unchanged("key/file") is None
+    record = store.renewed("key/file", lambda path: {"size": path.stat().st_size})
+    if change in SAME_CONTENT:
+        assert (record.sha256, record.facts) == (hashlib.sha256(b"content").hexdigest(), {"size": 7})
+        os.utime(path.with_name("file.sha256"))
+        assert store.unchanged("key/file") == record
+    else:
+        assert record is None
+        assert store.find("key/file") is None
+
+
+def test_what_is_not_what_its_name_says_is_forgotten(tmp_path):
+    def refuse(path):
+        raise StoreError("another file")
+
+    store = Store(tmp_path / "store")
+    path = sealed_before(store, "key/file")
+    assert store.renewed("key/file", refuse) is None
+    assert names(path.parent) == []
+
+
+def test_a_damaged_file_is_no_longer_what_dvc_trusts(tmp_path):
+    store = Store(tmp_path / "store")
+    path = sealed_before(store, "key/file")
+    cached = tmp_path / "cached"
+    os.link(path, cached)
+    flip_bit(path, 3)
+    path.chmod(0o444)
+    assert store.find("key/file") is None
+    assert cached.stat().st_mode & 0o777 != 0o444
 
 
 def test_store_lacks_what_was_never_made_or_never_sealed(tmp_path):

@@ -448,7 +448,10 @@ def test_a_dataset_in_which_nothing_converged_says_so(tmp_path):
     dataset = sample_dataset(tmp_path, split, {"views.padding": 0, "views.flip": False, "attack.views": 1})
     make_missing(dataset, tmp_path)
     predicted = np.concatenate(
-        [h5py.File(dataset.stored(block))["teacher_logits"][:].argmax(1) for block in dataset.blocks]
+        [
+            h5py.File(dataset.store.path(dataset.stored_name(block)))["teacher_logits"][:].argmax(1)
+            for block in dataset.blocks
+        ]
     )
     wrong = sample_dataset(
         tmp_path,

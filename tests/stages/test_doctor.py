@@ -43,7 +43,7 @@ def test_nothing_hinders_a_run_in_a_healthy_folder(project):
     assert lines["ok", "parameters"] == "params.yaml: digits, teacher resnet8w2"
     assert lines["ok", "Python"] == sys.version.split()[0]
     assert "cores" in lines["ok", "machine"]
-    assert "3 copies" in lines["ok", "disk"]
+    assert "GB for the samples" in lines["ok", "disk"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_need_is_about_what_the_shards_take(project):
     need = 0
     for path in (project / "data/bss").glob("*.h5"):
         with h5py.File(path) as file:
-            need += 3 * sum(column.nbytes for column in file.values())
+            need += sum(column.nbytes for column in file.values())
     assert next(disk(project, params, free=need - 1)).state == "problem"
     assert next(disk(project, params, free=need)).state == "ok"
 
@@ -125,6 +125,7 @@ def checkout(folder):
     folder.mkdir()
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
     (folder / "data/code").mkdir(parents=True)
     (folder / "dvc.yaml").write_text(STAGE)
     write_params(folder / "params.yaml", {"dataset.path": "."})
@@ -260,6 +261,21 @@ def test_what_does_not_hinder_dvc_is_no_problem(tmp_path, change):
     ended = run_here(folder, "dvc", "repro")
     assert ended.returncode == 0, ended.stderr
     assert (folder / "data/made").read_text() == "done"
+
+
+@pytest.mark.parametrize("kind", [None, "copy", "reflink,copy"])
+def test_a_cache_that_keeps_a_copy_of_its_own_is_noted(tmp_path, kind):
+    folder = checkout(tmp_path / "project")
+    setting = ["--unset", "cache.type"] if kind is None else ["cache.type", kind]
+    assert run_here(folder, "dvc", "config", *setting).returncode == 0
+    found = run_here(folder, "stages.doctor", "--dvc")
+    assert found.returncode == 0
+    (line,) = found.stdout.splitlines()
+    assert line.startswith(f"note     DVC               cache.type is {kind or 'not set'}: ")
+    advice = line.rpartition(": ")[2].split()
+    assert advice[0] == "dvc"
+    assert run_here(folder, *advice).returncode == 0
+    assert run_here(folder, "stages.doctor", "--dvc").stdout == ""
 
 
 def test_what_dvc_would_run_is_told(tmp_path):

@@ -157,7 +157,8 @@ def killed_at_step(step):
 
         return call
 
-    for module, function in ((os, "replace"), (os, "rename"), (os, "fsync"), (shutil, "rmtree"), (os, "unlink")):
+    steps = ((os, "replace"), (os, "rename"), (os, "fsync"), (shutil, "rmtree"), (os, "unlink"), (os, "link"))
+    for module, function in steps:
         setattr(module, function, counted(getattr(module, function)))
 
 
@@ -455,6 +456,40 @@ def test_a_killed_dvc_with_an_orphan_that_goes_on(repository, prepared):
         assert (repository / "data/bss" / path.name).read_bytes() == path.read_bytes()
     status = subprocess.run([dvc(), "status", "attack"], cwd=repository, text=True, capture_output=True)
     assert "up to date" in status.stdout
+
+
+@pytest.mark.parametrize("how", ["made writable", "by the superuser"])
+def test_a_shard_that_is_edited_where_dvc_shares_it_is_made_again_everywhere(repository, how):
+    write_params(repository / "params.yaml", {"teacher.network": "resnet8w2"})
+    command([dvc(), "config", "cache.type", "hardlink,reflink,copy"], repository)
+    command([dvc(), "repro", "--single-item", "attack"], repository)
+    published = repository / "data/bss"
+    (stored,) = (repository / ".work/shards").rglob(SHARD)
+    before, path = contents(published), published / SHARD
+    assert path.samefile(stored)
+    assert path.stat().st_nlink == 3  # the third is in DVC's cache
+    path.chmod(0o644)
+    flip_bit(path, path.stat().st_size // 2)
+    if how == "by the superuser":  # DVC takes what is read-only in its cache as whole, and restores it
+        path.chmod(0o444)
+        doctor = command([sys.executable, "-m", "stages.doctor", "--dvc"], repository)
+        assert f"data/bss/{SHARD} was changed since it was made: python -m stages.attack" in doctor
+        assert "(1 computed, 5 reused)" in command([sys.executable, "-m", "stages.attack"], repository)
+    command([dvc(), "repro", "--single-item", "attack"], repository)
+    assert contents(published) == before
+    (stored,) = (repository / ".work/shards").rglob(SHARD)
+    assert path.samefile(stored)
+    assert path.stat().st_nlink == 3
+    assert command([sys.executable, "-m", "stages.doctor", "--dvc"], repository) == ""
+
+
+def command(arguments, directory):
+    """Standard output of a command that must end well."""
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(directory)}
+    ended = subprocess.run(arguments, cwd=directory, env=environment, text=True, capture_output=True, timeout=240)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
 
 
 # ----------------------------------------------------------------------------------------------------------------------
