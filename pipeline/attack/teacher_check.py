@@ -28,7 +28,7 @@ from pipeline.shards.check import are_crops, tolerance_of
 from pipeline.shards.manifest import Manifest
 from pipeline.shards.reader import BoundaryShards, check_train, samples_of, views_again
 
-ROUNDING = 1e-3  # of the largest logit of an image, and so much at least: what other machines compute otherwise
+ROUNDING = 1e-3  # of 1 and an image's largest logit; other float32 arithmetic differs by 6e-6 of it (docs/SHARING.md)
 HALF_ROUNDING = 2.0**-11  # of a number that is stored in float16
 
 
