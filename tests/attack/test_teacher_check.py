@@ -139,12 +139,11 @@ def test_one_number_that_was_changed_with_its_digest_is_found(made, tmp_path, ki
 def test_a_row_is_found_by_chance_and_a_shard_for_certain(made, tmp_path):
     directory = copied(made("embedded"), tmp_path)
     plant(directory, changed("teacher_logits", (5, 0), 0.5))
-    found = [asked(directory, "--rows", 32, "--seed", seed).exit_code for seed in range(24)]
-    drawn = [FIRST + 5 in draw_rows(128, 32, seed) for seed in range(24)]
-    assert found == [int(each) for each in drawn]
-    assert 0 < sum(found) < 24
+    found = [asked(directory, "--rows", 64, "--seed", seed).exit_code for seed in range(6)]
+    assert found == [int(FIRST + 5 in draw_rows(128, 64, seed)) for seed in range(6)]
+    assert sum(found) == 4
     plant(directory, changed("teacher_logits", (slice(None), 0), 0.5))
-    for seed in range(8):
+    for seed in range(4):
         result = asked(directory, "--rows", 12, "--seed", seed)
         assert result.exit_code == 1
         assert SHARD in result.stderr
@@ -160,7 +159,7 @@ def test_a_shard_of_another_teacher_is_named_with_its_rows(made, tmp_path):
     shutil.copy(other / "bss" / SHARD, directory / "bss" / SHARD)
     fingerprint = BoundaryShards(directory / "bss", verify=False).manifest.fingerprint
     plant(directory, lambda file: file.attrs.modify("fingerprint", np.bytes_(fingerprint)))
-    result = asked(directory, "--rows", 12)
+    result = asked(directory, "--rows", 40)
     assert result.exit_code == 1
     assert result.stderr.startswith(f"{directory}/bss/{SHARD}: row ")
     assert "more of the rows drawn" in result.stderr
