@@ -1,4 +1,4 @@
-"""Command shards: check, describe, adopt, merge, sample and export sample datasets. Needs no torch."""
+"""Command shards: check, describe, adopt, merge, sample, export. Nothing but `verify --teacher` needs torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from tqdm import tqdm
 
 from pipeline.core.errors import ShardError, shown
-from pipeline.core.parameters import Card, load_params
+from pipeline.core.parameters import Card, Params, load_params
 from pipeline.core.store import Store, lock
 from pipeline.publish.adopt import adopt_shards
 from pipeline.publish.card import EMPTY_CARD
@@ -26,8 +27,19 @@ from pipeline.shards.check import check_shard, find_problems
 from pipeline.shards.folder import Folder, folder_at
 from pipeline.shards.manifest import Manifest, Totals, read_manifest
 from pipeline.shards.quantiles import quantiles_of
-from stages.cli import EXIT_CODES, EXIT_FAILED, NOTHING_WRITTEN, PATH, WORK, errors_in_one_line, say
+from stages.cli import (
+    EXIT_CODES,
+    EXIT_FAILED,
+    NOTHING_WRITTEN,
+    PATH,
+    WORK,
+    errors_in_one_line,
+    params_option,
+    path_option,
+    say,
+)
 
+TEACHER = Path("models/teacher.safetensors")
 QUANTILES = (0.05, 0.5, 0.95)
 FORMATS = {"parquet": export_parquet}
 
@@ -61,29 +73,84 @@ def _card_of(params_path: Path | None) -> Card:
     return EMPTY_CARD if params_path is None else load_params(params_path).card
 
 
-@main.command(short_help="Check every shard against the manifest.", epilog=EXIT_CODES)
+@main.command(short_help="Check every shard against the manifest, or the teacher.", epilog=EXIT_CODES)
 @click.argument("directory", metavar="DIRECTORY|URL")
+@click.option(
+    "--teacher",
+    type=PATH,
+    is_flag=False,
+    flag_value=TEACHER,
+    help=f"Ask this teacher again about rows drawn at random, and read nothing else.  [without a path: {TEACHER}]",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    help="Rows that --teacher is asked about: a view of an image each.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draw of these rows.")
+@path_option("--prepared", "data/prepared", "Prepared splits, for --teacher where images are not embedded.")
+@params_option
 @errors_in_one_line(interrupted=NOTHING_WRITTEN)
-def verify(directory: str) -> None:
+def verify(directory: str, teacher: Path | None, rows: int, seed: int, prepared: Path, params_path: Path) -> None:
     """Check every shard against the manifest: size, sha256, columns, values.
+
+    With --teacher, compare logits, margins and statuses of some rows with what the teacher says of them instead:
+    whoever rewrites a sample can rewrite its digest, too. Differences of rounding pass.
 
     Exits with 0 when all is whole, else with 1 and the names of what is wrong.
 
     \b
     Example: python -m stages.shards verify data/bss
+             python -m stages.shards verify data/bss --teacher
     """
+    if teacher is not None:
+        _ask_again(directory, teacher, rows, seed, prepared, load_params(params_path))
+        return
     folder = folder_at(directory)
     manifest = read_manifest(folder)
     problems = find_problems(folder, manifest)
+    _fail_for(problems, directory)
+    totals = manifest.totals
+    click.echo(
+        f"{directory}: whole, {counted(totals.shards, 'shard')}, {samples_or_rows(totals)}, {totals.bytes / 1e6:.1f} MB"
+    )
+
+
+def _fail_for(problems: list[str], directory: str) -> None:
+    """Say what is wrong, if anything is, and end the command."""
     for problem in problems:
         click.echo(problem, err=True)
     if problems:
         click.echo(f"{directory}: {counted(len(problems), 'problem')}", err=True)
         sys.exit(EXIT_FAILED)
-    totals = manifest.totals
+
+
+def _ask_again(directory: str, path: Path, rows: int, seed: int, prepared: Path, params: Params) -> None:
+    from pipeline.attack.teacher_check import check_teacher, draw_rows, teacher_of  # imported here: torch takes seconds
+    from pipeline.images.prepared import read_prepared
+    from pipeline.machine.device import set_up_device
+    from pipeline.shards.reader import BoundaryShards
+
+    shards = BoundaryShards(directory, verify=False)
+    manifest, total = shards.manifest, len(shards)
+    teacher, device = teacher_of(path, shards), set_up_device(params.runtime)
+    file = prepared / "train.h5"
+    train = read_prepared(file) if "image" not in manifest.columns and file.exists() else None
+    chosen = draw_rows(total, rows, seed)
+    with tqdm(total=len(chosen), desc="asking the teacher", unit="row", disable=None) as bar:
+        found = check_teacher(shards, teacher, train, chosen, device, bar.update)
+    differences = f"logits differ by {found.logits:.2g} at most"
+    if found.samples:
+        differences += (
+            f", margins by {found.margin:.2g}, {found.kept / found.samples:.2%} of {found.samples:,} statuses hold"
+        )
     click.echo(
-        f"{directory}: whole, {counted(totals.shards, 'shard')}, {samples_or_rows(totals)}, {totals.bytes / 1e6:.1f} MB"
+        f"{directory}: {path} was asked about {found.rows:,} of {total:,} rows, in {found.shards:,} of "
+        f"{counted(manifest.totals.shards, 'shard')}: {differences}"
     )
+    _fail_for(found.problems, directory)
 
 
 @main.command(short_help="Describe a dataset.", epilog=EXIT_CODES)

@@ -89,7 +89,7 @@ def _check_views(columns: dict[str, NDArray[Any]], manifest: Manifest, shard: Sh
     sound = {
         "index": _is_index(columns["index"], manifest, shard),
         "label": _within(columns["label"], 0, len(manifest.class_names) - 1),
-        "crop": _is_crop(columns["crop"].astype(np.int64), manifest),
+        "crop": bool(are_crops(columns["crop"], manifest).all()),
         "flip": _within(columns["flip"], 0, int(manifest.augmentation.flip)),
         "teacher_logits": bool(np.isfinite(columns["teacher_logits"]).all()),
         "teacher_features": bool(np.isfinite(columns.get("teacher_features", 0)).all()),
@@ -134,18 +134,19 @@ def _check_searches(columns: dict[str, NDArray[Any]], manifest: Manifest, shard:
     others = logits.copy()
     np.put_along_axis(others, pair, -np.inf, -1)
     on_top = others.max(-1, initial=-np.inf) <= np.minimum(base, other) + CLOSE
-    if not (on_top & (np.tanh(np.abs(margin) / 2) <= _tolerance(manifest) + CLOSE))[done].all():
+    if not (on_top & (np.tanh(np.abs(margin) / 2) <= tolerance_of(manifest) + CLOSE))[done].all():
         raise ShardError(f"{path}: column 'status' says of samples that are off the boundary that they converged")
     if count_statuses(columns) != shard.statuses:
         raise ShardError(f"{path}: column 'status' does not count as the manifest says")
 
 
-def _is_crop(crop: NDArray[np.int64], manifest: Manifest) -> bool:
-    """Return whether crops lie within the padded images."""
-    given = manifest.augmentation
+def are_crops(crop: NDArray[np.int16], manifest: Manifest) -> NDArray[np.bool_]:
+    """Return of crops, (n, 2) or (n, 4), which of them lie within the padded images (n,)."""
+    crop, given = crop.astype(np.int64), manifest.augmentation
     padded = np.array(given.image_size or manifest.image_shape[1:]) + 2 * given.padding
     size = crop[:, 2:] if crop.shape[1] == 4 else np.array(manifest.image_shape[1:])
-    return bool((crop[:, :2] >= 0).all() and (size >= 1).all() and (crop[:, :2] + size <= padded).all())
+    within: NDArray[np.bool_] = np.all((crop[:, :2] >= 0) & (size >= 1) & (crop[:, :2] + size <= padded), axis=1)
+    return within
 
 
 def _is_index(index: NDArray[np.int64], manifest: Manifest, shard: ShardEntry) -> bool:
@@ -156,7 +157,7 @@ def _is_index(index: NDArray[np.int64], manifest: Manifest, shard: ShardEntry) -
     return np.array_equal(index, np.arange(start, start + shard.rows))
 
 
-def _tolerance(manifest: Manifest) -> float:
+def tolerance_of(manifest: Manifest) -> float:
     """Return the largest probability margin of a converged sample, as the manifest says; else any."""
     tolerance = _attack_parameter(manifest, "tolerance")
     return float(tolerance) if isinstance(tolerance, float | int) else 1.0

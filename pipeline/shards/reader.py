@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pipeline.core.errors import ShardError
 from pipeline.images.pixels import pixels
+from pipeline.images.prepared import Prepared
 from pipeline.images.views import apply_views
 from pipeline.shards.check import check_layout, checked_shard
 from pipeline.shards.file import ChunkCache, ShardFile, open_shard
@@ -108,6 +110,12 @@ class BoundaryShards(Dataset[dict[str, Tensor]]):
             values[name] = torch.from_numpy(array)
         return with_samples(values)
 
+    def place(self, row: int) -> tuple[ShardEntry, int]:
+        """Return the shard that a row is in, and the row's number there."""
+        position = int(np.searchsorted(self._ends, self._checked(row), side="right"))
+        shard = self._shards[position]
+        return shard, self._checked(row) - (int(self._ends[position]) - shard.rows)
+
     def read(self, shard: ShardEntry, columns: Iterable[str]) -> dict[str, NDArray[Any]]:
         """Return whole columns of one shard, as stored, except `index`, which is int64."""
         file = self._open(shard)
@@ -142,6 +150,24 @@ def with_samples(columns: dict[str, Tensor]) -> dict[str, Tensor]:
     if "image" not in columns or "delta" not in columns:
         return columns
     return columns | {"samples": samples_of(columns["image"][:, None], columns["delta"], columns["delta_scale"])}
+
+
+def check_train(directory: str, manifest: Manifest, train: Prepared | None) -> None:
+    """Refuse what is not the prepared training split from which the views of a dataset can be cut again.
+
+    Raises:
+        ShardError: there is none, or it is another one.
+    """
+    if train is None:
+        raise ShardError(
+            f"{directory}: the shards do not embed their images (attack.embed_images), so the prepared training data "
+            "is needed"
+        )
+    if train.digest != manifest.digests.train:
+        raise ShardError(f"{directory}: the shards were made from other training data")
+    size = manifest.augmentation.image_size or manifest.image_shape[1:]
+    if train.images.shape[1:] != (manifest.image_shape[0], *size):
+        raise ShardError(f"{directory}: its views are not of images as large as the training data's")
 
 
 def views_again(images: Tensor, columns: Mapping[str, Tensor], manifest: Manifest) -> Tensor:

@@ -19,7 +19,7 @@ from pipeline.images.prepared import Prepared
 from pipeline.machine import processor
 from pipeline.shards.manifest import ShardEntry
 from pipeline.shards.order import Window, plan_epoch
-from pipeline.shards.reader import VIEW_COLUMNS, BoundaryShards, samples_of, views_again
+from pipeline.shards.reader import VIEW_COLUMNS, BoundaryShards, check_train, samples_of, views_again
 from pipeline.training.batches import BoundaryBatch, BoundarySamples, TeacherBatch, batches_of, is_any_of
 
 RESIDENT_SHARE = 0.5  # of the free memory may be taken for shards
@@ -209,17 +209,7 @@ class ShardSource:
         return manifest.totals.rows * (row + int(np.prod(manifest.image_shape)))
 
     def _check_train(self) -> None:
-        if self.train is None:
-            raise ShardError(
-                f"{self.shards.directory}: the shards do not embed their images (attack.embed_images), so the prepared "
-                "training data is needed"
-            )
-        if self.train.digest != self.shards.manifest.digests.train:
-            raise ShardError(f"{self.shards.directory}: the shards were made from other training data")
-        manifest = self.shards.manifest
-        size = manifest.augmentation.image_size or manifest.image_shape[1:]
-        if self.train.images.shape[1:] != (manifest.image_shape[0], *size):
-            raise ShardError(f"{self.shards.directory}: its views are not of images as large as the training data's")
+        check_train(self.shards.directory, self.shards.manifest, self.train)
 
 
 class StackedShardSource:

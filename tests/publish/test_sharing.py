@@ -141,6 +141,7 @@ def test_all_commands_of_the_page_are_run():
         "A copy without a clone",
         "In another DVC project",
         "Check",
+        "Ask the teacher again",
         "Mend",
         "Train",
         "Build on it",
@@ -297,6 +298,14 @@ def test_verify_vouches_for_samples_alone(built, tmp_path):
     (directory / "README.md").write_text("Other words.")
     change_manifest(directory, lambda values: values["parameters"]["attack"].update(seed=7))
     assert "whole, 4 shards" in Shared(built, {}).run(tmp_path, "python -m stages.shards verify bss")
+
+
+@pytest.mark.pipeline
+def test_the_teacher_says_again_what_it_said(built):
+    (ask,) = PAGE["Ask the teacher again"]
+    said = Shared(built, {}).run(built, ask)
+    assert "asked about 442 of 442 rows, in 4 of 4 shards" in said
+    assert "asked about 100 of 442 rows, in 4 of 4 shards" in said
 
 
 @pytest.mark.pipeline
