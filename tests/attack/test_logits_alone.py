@@ -419,7 +419,7 @@ def test_bss_is_refused_by_the_stage(chain, tmp_path, monkeypatch):
 
 def test_the_disk_that_is_needed_is_that_of_the_columns(chain):
     directory, _ = chain
-    need = 3 * 128 * (4 + 8 + 4 + 1 + 4 * 4)
+    need = 128 * (4 + 8 + 4 + 1 + 4 * 4)
     params = load_params(directory / "params.yaml")
     assert next(disk(directory, params, free=need - 1)).state == "problem"
     assert next(disk(directory, params, free=need)).state == "ok"

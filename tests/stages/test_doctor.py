@@ -173,7 +173,7 @@ HINDRANCES = {
     without_dvc: (
         "DVC",
         "there is no .dvc here: git init && dvc init (without git: dvc init --no-scm)",
-        ["dvc", "init"],
+        ["sh", "-c", "dvc init && dvc config cache.type hardlink,reflink,copy"],
     ),
     with_data_elsewhere: (
         "DVC",
