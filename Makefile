@@ -42,6 +42,7 @@ bench:
 	python -m benchmarks.students
 	python -m benchmarks.shards
 	python -m benchmarks.levels
+	python -m benchmarks.scale
 
 lint: environment
 	ruff check .
